@@ -1,0 +1,519 @@
+"""What users of data/ rely on: whole data sets or none, batches that are pure, and every mistake answered in a line."""
+
+import gc
+import http.client
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+
+from data import tokens
+from data.prepare import CharTokenizer, GPT2Tokenizer, read_text, tokenizer, write_dataset
+from data.pystdlib_char.prepare import collect, prepare
+from data.tokens import TokenData, prefetch, read_meta, to_device
+
+ROOT = Path(__file__).parents[1]
+CHAR = CharTokenizer(['\n', ' ', 'a', 'b', 'é', '𝄞'])
+
+
+def write(folder, train, val=range(6), vocab_size=6):
+    """A data set of the ids given, written as any other."""
+    meta = {'tokenizer': 'char', 'vocab_size': vocab_size, 'itos': [chr(i) for i in range(vocab_size)], 'source': {}}
+    write_dataset(folder, np.array(train), np.array(val), meta)
+    return folder
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A data set whose token at position i is i, so that a token says where it was read."""
+    return write(tmp_path / 'numbered', range(1000), range(107), vocab_size=1000)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Calls a function and gives back the one line that it fails with."""
+
+    def call(function, *args, **kwargs):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            function(*args, **kwargs)
+        return error_line(e.value.code, capsys.readouterr().err)
+
+    return call
+
+
+def error_line(status, stderr):
+    assert status == 2, stderr
+    assert stderr.startswith('error: ') and stderr.count('\n') == 1, stderr
+    return stderr
+
+
+# Batches
+
+
+def test_batch_is_a_pure_function_of_split_seed_and_index(tmp_path):
+    write(tmp_path, range(1000), range(1000), vocab_size=1000)
+    first, again = TokenData(tmp_path, 16), TokenData(tmp_path, 16)
+    first.batch('train', 1, 5, 4)  # what was read before must not matter
+    x, y = first.batch('train', 1, 7, 4)
+    x2, y2 = again.batch('train', 1, 7, 4)
+    assert torch.equal(x, x2) and torch.equal(y, y2)
+    for other in (('train', 1, 8, 4), ('train', 2, 7, 4), ('val', 1, 7, 4)):
+        assert not torch.equal(x, first.batch(*other)[0])
+
+
+def test_batch_is_the_same_set_however_rows_divide_it(numbered):
+    data = TokenData(numbered, 16)
+    x, y = data.batch('train', 1, 7, 8)
+    for parts in ([slice(0, 8)], [slice(0, 4), slice(4, 8)], [slice(i, None, 3) for i in range(3)]):
+        divided = [data.batch('train', 1, 7, 8, rows) for rows in parts]
+        sequences = {tuple(row.tolist()) for xs, _ in divided for row in xs}
+        assert sum(len(xs) for xs, _ in divided) == 8
+        assert sequences == {tuple(row.tolist()) for row in x}
+
+
+def test_batch_gives_int64_sequences_and_the_next_token_of_each(numbered):
+    x, y = TokenData(numbered, 16).batch('train', 1, 0, 5)
+    assert x.shape == y.shape == (5, 16) and x.dtype == y.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(16))
+
+
+def test_batch_draws_from_every_position_that_has_a_target_up_to_the_last_token(tmp_path):
+    data = TokenData(write(tmp_path, range(10), range(10), vocab_size=10), 7)
+    x, y = data.batch('train', 1, 0, 200)
+    assert set(x[:, 0].tolist()) == {0, 1, 2} and y.max() == 9
+
+
+def test_a_split_of_one_block_and_its_target_is_enough(tmp_path):
+    data = TokenData(write(tmp_path, range(6)), 5)
+    assert data.batch('train', 1, 0, 2)[0].tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize('block_size', [1, 7, 53, 105, 106])
+@pytest.mark.parametrize('batch_size', [1, 4, 1000])
+def test_sequential_makes_every_token_but_the_first_a_target_exactly_once(numbered, block_size, batch_size):
+    data = TokenData(numbered, block_size)
+    batches = list(data.sequential('val', batch_size))
+    assert [t for _, y in batches for t in y.flatten().tolist()] == list(range(1, 107))
+    for x, y in batches:
+        assert torch.equal(y, x + 1) and y.is_contiguous() and x.dtype == y.dtype == torch.int64
+    full = [x for x, _ in batches if x.shape[1] == block_size]
+    assert all(len(x) == batch_size for x in full[:-1]) and len(full[-1]) <= batch_size
+    assert all(x.shape == (1, 106 % block_size) for x, _ in batches[len(full) :]) and len(batches) - len(full) <= 1
+
+
+def test_to_device_keeps_the_values(numbered):
+    x, y = TokenData(numbered, 16).batch('train', 1, 0, 5)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    moved = to_device((x, y), device)
+    assert torch.equal(moved[0].cpu(), x) and torch.equal(moved[1].cpu(), y) and moved[0].device.type == device
+
+
+# Prefetching
+
+
+def test_prefetch_yields_in_order_and_ahead_of_the_consumer():
+    made = []
+    batches = prefetch(lambda i: made.append(i) or i * i, first=3, depth=2)
+    assert [next(batches) for _ in range(4)] == [9, 16, 25, 36]
+    deadline = time.monotonic() + 5
+    while len(made) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [3, 4, 5, 6, 7, 8]  # the four that were taken, and depth more
+    batches.close()
+
+
+@pytest.mark.parametrize('error', [ValueError('no'), SystemExit(2)])
+def test_prefetch_raises_what_make_raised_where_its_result_would_have_come(error):
+    made = []
+
+    def make(i):
+        made.append(i)
+        if i == 2:
+            raise error
+        return i
+
+    batches = prefetch(make, first=0, depth=3)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(type(error)) as e:
+        next(batches)
+    assert e.value is error and made == [0, 1, 2]
+    assert next(batches, 'ended') == 'ended'
+
+
+@pytest.mark.parametrize('leave', ['close', 'del'])
+def test_prefetch_leaves_no_thread_behind(leave):
+    before = set(threading.enumerate())
+    batches = prefetch(lambda i: i, first=0)
+    next(batches)
+    assert set(threading.enumerate()) - before
+    if leave == 'close':
+        batches.close()
+    else:
+        del batches
+        gc.collect()
+    assert set(threading.enumerate()) == before
+
+
+def test_prefetch_does_not_keep_an_interpreter_from_leaving():
+    script = 'from data.tokens import prefetch; batches = prefetch(lambda i: i, 0); next(batches); raise SystemExit(7)'
+    assert subprocess.run([sys.executable, '-c', script], cwd=ROOT, timeout=20).returncode == 7
+
+
+# Tokenizers
+
+
+def test_char_tokenizer_round_trips():
+    text = 'ab é𝄞\n ba'
+    ids = CHAR.encode(text)
+    assert ids[:3] == [2, 3, 1] and all(type(i) is int for i in ids)
+    assert CHAR.decode(ids) == text and CHAR.encode('') == [] and CHAR.decode([]) == ''
+    assert tokenizer(json.loads(json.dumps(CHAR.meta))).encode(text) == ids
+
+
+@pytest.mark.parametrize('character', ['c', '\U0010ffff', '\udc80'])
+def test_char_tokenizer_names_the_character_that_it_does_not_know(character):
+    with pytest.raises(ValueError, match='is not in the vocabulary') as e:
+        CHAR.encode(f'ab{character}a')
+    assert repr(character) in str(e.value)
+
+
+class Bytes:
+    """Stands in for tiktoken's encoding, which needs a download: one token a byte."""
+
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+    def encode(self, text, allowed_special):
+        assert allowed_special == {'<|endoftext|>'}
+        head, *rest = text.split('<|endoftext|>')
+        return self.encode_ordinary(head) + [i for part in rest for i in [50256, *self.encode_ordinary(part)]]
+
+    def decode(self, ids):
+        assert max(ids) <= 50256  # as tiktoken, which raises KeyError
+        return b''.join(b'<|endoftext|>' if i == 50256 else bytes([i]) for i in ids).decode()
+
+
+@pytest.mark.parametrize('meta', [None, GPT2Tokenizer.meta])
+def test_gpt2_tokenizer_knows_the_end_of_a_document_in_prompts_and_skips_padding_ids(monkeypatch, meta):
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: {'gpt2': Bytes()}[name])
+    gpt2 = tokenizer(meta)
+    ids = gpt2.encode('aé<|endoftext|>b')
+    assert ids == [97, 195, 169, 50256, 98]
+    assert gpt2.decode(ids + [50257, 50303]) == 'aé<|endoftext|>b'
+    assert 50256 not in gpt2.encode_text('a<|endoftext|>')  # in a data set it is text
+
+
+def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, fails):
+    def get_encoding(name):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr('tiktoken.get_encoding', get_encoding)
+    assert 'TIKTOKEN_CACHE_DIR' in fails(GPT2Tokenizer)
+
+
+def test_an_unknown_tokenizer_is_named(fails):
+    assert "'klingon'" in fails(tokenizer, {'tokenizer': 'klingon'})
+
+
+def test_character_level_work_does_not_need_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)  # importing it raises ImportError
+    fresh = runpy.run_path(ROOT / 'data/prepare.py')
+    assert fresh['tokenizer']({'tokenizer': 'char', 'itos': ['a']}).encode('a') == [0]
+
+
+# Writing
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_data_set_reads_as_it_was_written(tmp_path, capsys):
+    write_dataset(tmp_path, np.array([1, 2, 65535]), [0, 65534], {'tokenizer': 'x', 'vocab_size': 65536, 'source': {}})
+    assert 'train 3, val 2' in capsys.readouterr().out
+    assert (tmp_path / 'train.bin').read_bytes() == b'\x01\x00\x02\x00\xff\xff'
+    data = TokenData(tmp_path)
+    assert data.splits['train'].tolist() == [1, 2, 65535] and data.splits['val'].tolist() == [0, 65534]
+    assert data.meta == {
+        'tokenizer': 'x', 'vocab_size': 65536, 'source': {}, 'dtype': 'uint16', 'train_tokens': 3, 'val_tokens': 2
+    }  # fmt: skip
+    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('written', range(3))
+def test_a_full_disk_leaves_the_data_set_that_was_there(tmp_path, monkeypatch, fails, written):
+    write(tmp_path, range(6))
+    before = contents(tmp_path)
+    calls = iter(range(10))
+
+    def fsync(fd):
+        if next(calls) == written:
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    assert 'No space left on device' in fails(write, tmp_path, [5] * 9)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize('old', [True, False])
+@pytest.mark.parametrize('moment', range(7))
+def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, old, moment):
+    if old:
+        write(tmp_path, [1] * 6, [2] * 6)
+    child = os.fork()
+    if child == 0:  # dies, without any cleaning up, at the call number `moment` that changes the disk
+        calls = iter(range(10))
+
+        def dying(call):
+            return lambda *args, **kwargs: os._exit(9) if next(calls) == moment else call(*args, **kwargs)
+
+        try:
+            os.fsync, os.replace, Path.unlink = dying(os.fsync), dying(os.replace), dying(Path.unlink)
+            write(tmp_path, [3] * 9, [4] * 9)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    if old and moment <= 3:  # three files are flushed to the disk before the old meta.json goes
+        data = TokenData(tmp_path)
+        assert data.splits['train'].tolist() == [1] * 6 and data.splits['val'].tolist() == [2] * 6
+    else:
+        assert 'is not prepared' in fails(TokenData, tmp_path)
+    write(tmp_path, [5] * 9)  # and preparing again mends it
+    assert TokenData(tmp_path).splits['train'].tolist() == [5] * 9
+    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, fails):
+    (tmp_path / 'file').write_text('in the way')
+    assert str(tmp_path / 'file') in fails(write, tmp_path / 'file', range(6))
+
+
+def test_a_vocabulary_beyond_16_bits_is_refused(tmp_path, fails):
+    assert '65537' in fails(write, tmp_path / 'new', range(6), vocab_size=65537)
+    assert not (tmp_path / 'new').exists()
+
+
+# Reading what is not as it should be
+
+
+def test_a_data_set_that_is_not_prepared_names_the_command(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('data/bard').mkdir(parents=True)
+    Path('data/bard/prepare.py').touch()
+    assert 'run: python data/bard/prepare.py' in fails(TokenData, 'data/bard', 4)
+    write(Path('data/own'), range(6))
+    assert 'there is no data set data/brad; those in data: bard, own' in fails(TokenData, 'data/brad', 4)
+    Path('data/bard/train.bin').write_bytes(b'\0' * 100)
+    assert 'not prepared' in fails(TokenData, 'data/bard', 4)
+
+
+def test_odd_length_is_named(numbered, fails):
+    with open(numbered / 'train.bin', 'ab') as f:
+        f.write(b'\0')
+    assert 'train.bin has an odd number of bytes' in fails(TokenData, numbered, 16)
+
+
+def test_a_split_shorter_than_a_block_and_its_target_is_named(numbered, fails):
+    assert TokenData(numbered, 106)
+    assert 'val.bin has 107 tokens' in fails(TokenData, numbered, 107)
+
+
+@pytest.mark.parametrize('block_size', [None, 4])
+def test_an_empty_split_is_named(tmp_path, fails, block_size):
+    write(tmp_path, range(6), [])
+    assert 'val.bin has 0 tokens' in fails(TokenData, tmp_path, block_size)
+
+
+def test_a_split_of_another_length_than_meta_says_is_named(numbered, fails):
+    os.truncate(numbered / 'train.bin', 1000)
+    assert 'train.bin has 500 tokens where meta.json says 1000' in fails(TokenData, numbered, 16)
+
+
+def test_ids_beyond_the_vocabulary_are_named_at_opening(numbered, fails):
+    assert 'train.bin has the token 999, the vocabulary ends at 998' in fails(TokenData, numbered, 16, vocab_size=999)
+    meta = json.loads((numbered / 'meta.json').read_text()) | {'vocab_size': 500, 'itos': ['a'] * 500}
+    (numbered / 'meta.json').write_text(json.dumps(meta))
+    assert 'the vocabulary ends at 499' in fails(TokenData, numbered, 16)
+
+
+def test_ids_beyond_the_vocabulary_are_named_when_they_are_first_read(numbered, fails, monkeypatch):
+    monkeypatch.setattr(tokens, 'CHECKED_AT_OPEN', 10)
+    data = TokenData(numbered, 16, vocab_size=50)
+    assert 'vocabulary ends at 49' in fails(data.batch, 'train', 1, 0, 100)
+    assert 'vocabulary ends at 49' in fails(list, data.sequential('val', 4))
+    assert 'vocabulary ends at 49' in fails(next, prefetch(lambda i: data.batch('train', 1, i, 100), 0))
+    last_target = TokenData(numbered, 106, vocab_size=106)
+    assert 'vocabulary ends at 105' in fails(list, last_target.sequential('val', 1))
+
+
+def test_no_meta_json_means_gpt2_tokens_as_in_nanogpt(numbered):
+    (numbered / 'meta.json').unlink()
+    data = TokenData(numbered, 16)
+    assert data.meta is None and read_meta(numbered) is None
+    assert data.batch('train', 1, 0, 2)[0].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '', '{"tokenizer": "char"', '[]', '\xff', '{"tokenizer": "gpt2", "dtype": "uint16"}',
+        '{"tokenizer": "gpt2", "dtype": "uint32", "vocab_size": 5}',
+        '{"tokenizer": "char", "dtype": "uint16", "vocab_size": 5, "itos": ["a"]}',
+    ],
+)  # fmt: skip
+def test_a_damaged_meta_json_is_named(numbered, fails, text):
+    (numbered / 'meta.json').write_text(text, encoding='latin-1')
+    assert 'meta.json does not describe' in fails(TokenData, numbered, 16)
+    assert 'meta.json does not describe' in fails(read_meta, numbered)
+
+
+# The prepare scripts
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """A copy of the scripts to run, so that the data sets of this checkout stay as they are."""
+    root = tmp_path_factory.mktemp('checkout')
+    names = ('pystdlib_char', 'shakespeare_char', 'shakespeare')
+    for path in ('runtime.py', 'data/prepare.py', *(f'data/{name}/prepare.py' for name in names)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, root / path)
+    return root
+
+
+@pytest.fixture
+def run_script(checkout, monkeypatch):
+    """Runs a prepare script of the checkout in this process: a process of its own spends seconds on imports."""
+    monkeypatch.setattr(sys, 'path', sys.path.copy())
+
+    def call(name, *args):
+        script = str(checkout / 'data' / name / 'prepare.py')
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        runpy.run_path(script, run_name='__main__')
+
+    return call
+
+
+def run_process(checkout, name, *args):
+    """Runs a prepare script of the checkout as a user does, from another folder and with every download refused."""
+    refused = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': ''}
+    env = os.environ | refused | {'TIKTOKEN_CACHE_DIR': str(checkout / 'cache'), 'PYTHONHASHSEED': '1'}
+    command = [sys.executable, f'{checkout.name}/data/{name}/prepare.py', *args]
+    return subprocess.run(command, cwd=checkout.parent, env=env, capture_output=True, text=True)
+
+
+def test_pystdlib_char_is_the_same_every_time_and_more_than_5_mb(checkout, tmp_path):
+    ran = run_process(checkout, 'pystdlib_char')
+    assert ran.returncode == 0, ran.stderr
+    assert 'vocabulary 96' in ran.stdout
+    prepare(tmp_path, sysconfig.get_path('stdlib'))
+    assert {'prepare.py', *contents(tmp_path)} == contents(checkout / 'data/pystdlib_char').keys()
+    for name, content in contents(tmp_path).items():
+        assert content == (checkout / 'data/pystdlib_char' / name).read_bytes()
+
+    data = TokenData(tmp_path, 1024)
+    train, val = len(data.splits['train']), len(data.splits['val'])
+    assert train + val > 5e6 and 0.08 < val / (train + val) < 0.15
+    text = tokenizer(data.meta).decode(data.splits['val'])
+    assert 'def ' in text and 'import ' in text
+
+
+def test_pystdlib_char_puts_a_file_on_one_side_by_its_path_alone(tmp_path):
+    names = [f'{folder}/file{i}.py' for folder in 'ab' for i in range(100)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'# {name}\n')
+    train, val, left_out = collect(tmp_path)
+    assert sorted([*train, *val]) == sorted(names) and not left_out and 5 < len(val) < 40
+    shutil.rmtree(tmp_path / 'b')
+    fewer_train, fewer_val, _ = collect(tmp_path)
+    assert list(fewer_train) == [name for name in train if name[0] == 'a']
+    assert list(fewer_val) == [name for name in val if name[0] == 'a']
+
+
+def test_pystdlib_char_leaves_out_tests_packages_and_what_is_not_printable_ascii(tmp_path):
+    for name in ('test', 'json/tests', 'idlelib/idle_test', 'site-packages/x', '__pycache__', 'json'):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / 'a.py').write_text('x = 1\n')
+    (tmp_path / 'latin.py').write_bytes(b'# -*- coding: latin-1 -*-\n# \xe9\n')
+    (tmp_path / 'feed.py').write_text('x = 1\n\f\n')
+    (tmp_path / '_sysconfigdata__linux.py').write_text('x = 1\n')
+    (tmp_path / 'gone.py').symlink_to(tmp_path / 'nowhere.py')
+    train, val, left_out = collect(tmp_path)
+    assert [*train, *val] == ['json/a.py'] and left_out == 2
+
+
+def test_pystdlib_char_without_sources_says_so(tmp_path, fails):
+    assert 'no Python sources' in fails(prepare, tmp_path / 'new', tmp_path)
+    assert not (tmp_path / 'new').exists()
+
+
+TO_BE = 'To be, or not to be: that is the question: é\r\n' * 10
+
+
+def test_shakespeare_char_splits_a_local_copy_90_to_10(checkout, run_script, tmp_path):
+    (tmp_path / 'input.txt').write_bytes(TO_BE.encode())
+    run_script('shakespeare_char', '--input', tmp_path / 'input.txt')
+    data = TokenData(checkout / 'data/shakespeare_char', 8)
+    train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
+    assert train + val == TO_BE and len(train) == len(TO_BE) * 9 // 10
+    assert data.meta['itos'] == sorted(set(TO_BE)) and data.meta['source']['text'] == str(tmp_path / 'input.txt')
+
+
+def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkeypatch):
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: Bytes())
+    monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(TO_BE.encode()))
+    run_script('shakespeare')
+    data = TokenData(checkout / 'data/shakespeare', 8)
+    train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
+    assert train + val == TO_BE and data.meta['vocab_size'] == 50257
+
+
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
+@pytest.mark.parametrize('error', [URLError('no network'), http.client.IncompleteRead(b'To be')])
+def test_shakespeare_without_a_network_names_input(checkout, run_script, fails, monkeypatch, name, error):
+    def urlopen(url, timeout):
+        raise error
+
+    monkeypatch.setattr(urllib.request, 'urlopen', urlopen)
+    before = contents(checkout / 'data' / name)
+    assert '--input FILE' in fails(run_script, name)
+    assert contents(checkout / 'data' / name) == before
+
+
+def test_shakespeare_without_the_gpt2_vocabulary_says_what_to_do(checkout, tmp_path):
+    (tmp_path / 'input.txt').write_text(TO_BE)
+    before = contents(checkout / 'data/shakespeare')
+    ran = run_process(checkout, 'shakespeare', '--input', tmp_path / 'input.txt')
+    assert 'TIKTOKEN_CACHE_DIR' in error_line(ran.returncode, ran.stderr)
+    assert contents(checkout / 'data/shakespeare') == before
+
+
+def test_an_unreadable_input_is_named(tmp_path, fails):
+    (tmp_path / 'empty.txt').touch()
+    (tmp_path / 'latin.txt').write_bytes('é'.encode('latin-1'))
+    assert 'missing.txt' in fails(read_text, tmp_path / 'missing.txt')
+    assert 'is empty' in fails(read_text, tmp_path / 'empty.txt')
+    assert 'is not UTF-8' in fails(read_text, tmp_path / 'latin.txt')
+    assert 'Is a directory' in fails(read_text, tmp_path)
+
+
+@pytest.mark.parametrize('name', ['pystdlib_char', 'shakespeare_char', 'shakespeare'])
+def test_a_wrong_argument_is_named(run_script, fails, name):
+    assert '--inptu' in fails(run_script, name, '--inptu', 'x')
