@@ -1,0 +1,103 @@
+"""Text from a trained model, written to standard output as it is made.
+
+    python sample.py --out_dir=out-char --start='def ' --num_samples=3
+    python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
+"""
+
+import os
+import sys
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+
+import checkpoint
+from configurator import configure
+from data.prepare import GPT2Tokenizer, read_text, tokenizer
+from data.tokens import read_meta
+from model import GPT, GPTConfig
+from runtime import fail, setup
+
+init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, or as from_pretrained: 'gpt2', ..., a folder
+out_dir = 'out'  # where 'resume' finds ckpt.pt
+start = '\n'  # the prompt, or FILE:prompt.txt for what that file holds; '<|endoftext|>' is GPT-2's token
+num_samples = 10  # how many continuations of the prompt
+max_new_tokens = 500  # in each
+temperature = 0.8  # below 1.0 likely tokens become likelier, above less likely; 0.0 always takes the likeliest
+top_k = 200  # draw from the top_k likeliest tokens only
+seed = 1337  # the same seed draws the same text
+device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' takes the fastest there is
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes what the device is fast with
+compile = False  # torch.compile: worth its minutes for many samples only
+configure(globals())
+
+
+def whole_characters(ids, decode):
+    """Yield the text of `ids` piece by piece, as soon as it is certain.
+
+    A token may end within a character's UTF-8 bytes, which decode() shows as a last U+FFFD: that one is held back
+    until the tokens after it tell whether it is the start of a character.
+    """
+    pending, shown = [], 0  # the ids since a character last ended with its token, and how much of their text is out
+    for i in ids:
+        pending.append(i)
+        text = decode(pending)
+        certain = text.removesuffix('\ufffd')
+        yield certain[shown:]
+        shown = len(certain)
+        if certain == text:
+            pending, shown = [], 0
+    yield decode(pending)[shown:]
+
+
+for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 1}.items():
+    if not globals()[name] >= least:
+        fail(f'{name}={globals()[name]} must be at least {least}')
+prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
+if not prompt:
+    fail('start is empty: there is nothing to continue; give it some text, or leave it out for a newline')
+rt = setup(device, dtype, seed)
+
+if init_from == 'resume' or init_from.endswith('.pt') or os.path.isfile(init_from):
+    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+    saved = checkpoint.load(path)
+    try:
+        model = GPT(GPTConfig(**saved['model_args']))
+        model.load_state_dict(saved['model'])
+    except (TypeError, ValueError, RuntimeError) as e:
+        reason = shorten(str(e), 160)  # torch lists every tensor that does not fit
+        fail(f'{path} does not hold a model of this program ({reason}); sample it with the program that trained it')
+    folder = Path(__file__).parent / 'data' / saved['config'].get('dataset', '')
+    meta = read_meta(folder)
+    remedy = f'prepare {folder} as it was when the model was trained'
+else:
+    try:
+        model = GPT.from_pretrained(init_from)
+    except ValueError as e:
+        fail(e)
+    meta, remedy = GPT2Tokenizer.meta, "of the models on the hub those with GPT-2's tokenizer can be sampled"
+
+tokens_meta = meta or GPT2Tokenizer.meta
+vocab_size, known = model.config.vocab_size, tokens_meta['vocab_size']
+padded = tokens_meta['tokenizer'] == 'gpt2' and vocab_size > known  # by ids that decode() leaves out
+if vocab_size != known and not padded:
+    fail(f'the model has {vocab_size} tokens and its tokenizer {known}; {remedy}')
+if meta is None:
+    print(f"note: {folder} has no meta.json, its tokens are taken for GPT-2's", file=sys.stderr)
+tokens = tokenizer(meta)
+try:
+    ids = tokens.encode(prompt)
+except ValueError as e:
+    fail(f'start cannot be the prompt: {e}')
+
+model.eval().to(rt.device)
+if compile:
+    model.compile()
+x = torch.tensor([ids], device=rt.device)
+with rt.autocast():
+    for _ in range(num_samples):
+        print(prompt, end='', flush=True)
+        drawn = (token.item() for token in model.stream(x, max_new_tokens, temperature, top_k))
+        for text in whole_characters(drawn, tokens.decode):
+            print(text, end='', flush=True)
+        print('\n---------------')
