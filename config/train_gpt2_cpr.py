@@ -1,0 +1,24 @@
+# GPT-2 124M on OpenWebText with AdamCPR, Kappa-IP: every weight matrix bounds its own norm from the moment its growth
+# slows down; nothing to tune. 491,520 tokens an iteration, everything else as config/train_gpt2_adamw.py.
+# The paper's figure (arXiv 2311.09058, Figure 1): perplexity 17.96 after 200k steps, AdamW 18.23 after 200k, 18.04
+# after 300k. One GPU of 80 GB.
+#
+#     python train.py config/train_gpt2_cpr.py
+out_dir = 'out-gpt2-cpr'
+wandb_run_name = 'gpt2-124M-cpr'
+optimizer = 'adamcpr'
+kappa_init_method = 'inflection_point'
+
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 2000
+max_iters = 200000
+lr_decay_iters = max_iters
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10

@@ -1,0 +1,56 @@
+"""What the tests of the scripts share: running one as its user would, and a small data set to run it on."""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.prepare import CharTokenizer, write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+os.chdir(ROOT)  # the scripts are run from the checkout
+
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--compile=False',
+        '--gradient_accumulation_steps=1', '--device=cpu', '--eval_iters=2', '--max_iters=8', '--eval_interval=4',
+        '--learning_rate=1e-2', '--warmup_iters=2', '--lr_decay_iters=8', '--norm_log_interval=2']  # fmt: skip
+
+
+class Outcome:
+    def __init__(self, status, out, err, names):
+        self.status, self.out, self.err, self.names = status, out, err, names
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script('train.py', '--key=value', ...) runs it in this process, so that nothing has to be imported again."""
+
+    def run(name, *arguments):
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        capsys.readouterr()
+        status, names = 0, {}
+        try:
+            names = runpy.run_path(str(ROOT / name), run_name='__main__')
+        except SystemExit as e:
+            status = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err, names)
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """A character data set with something to learn in it, sums written out; its folder."""
+    folder = tmp_path_factory.mktemp('data') / 'sums'
+    sums = [f'{a}+{b}={a + b}\n' for a in range(50) for b in range(50)]
+    tokenizer = CharTokenizer(sorted(set(''.join(sums))))
+    train, val = (tokenizer.encode_text(''.join(part)) for part in (sums[::7] + sums[1::7], sums[2::7]))
+    write_dataset(folder, train, val, {**tokenizer.meta, 'source': {}})
+    return folder

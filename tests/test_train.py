@@ -1,0 +1,461 @@
+"""train.py as its user runs it: it learns, can be stopped anywhere, writes what it says, and says what is wrong."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+import runlog
+from model import GPT, GPTConfig
+
+
+def losses(out_dir):
+    return {e['iter']: e['loss'] for e in runlog.read(str(out_dir)) if e['kind'] == 'train'}
+
+
+def entries(out_dir, kind):
+    return [e for e in runlog.read(str(out_dir)) if e['kind'] == kind]
+
+
+@pytest.fixture
+def train(script, dataset, tmp_path):
+    def run(*arguments, out='out'):
+        return script('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path / out}', *arguments)
+
+    return run
+
+
+# -- it trains
+
+
+@pytest.mark.parametrize('arguments', [
+    ('--optimizer=adamw',),
+    ('--optimizer=adamcpr', '--reg_step_size=5'),
+    ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=10', '--order=after'),
+    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_scope=global', '--order=before'),
+    ('--dtype=bfloat16',),
+    ('--dtype=float16',),
+], ids=lambda a: ' '.join(a))  # fmt: skip
+def test_the_loss_falls(train, tmp_path, arguments):
+    outcome = train('--max_iters=60', '--lr_decay_iters=60', '--eval_interval=60', *arguments)
+    first, last = entries(tmp_path / 'out', 'eval')
+    assert outcome.status == 0, outcome.err
+    assert first['val_loss'] == pytest.approx(math.log(13), rel=0.1)
+    assert last['val_loss'] < first['val_loss'] - 0.2
+
+
+def test_train_and_validation_are_evaluated_on_their_own_text(train, tmp_path, dataset):
+    train()
+    for entry in entries(tmp_path / 'out', 'eval'):
+        assert entry['train_loss'] != entry['val_loss']
+
+
+def test_torch_compile_trains_to_the_same_losses(train, tmp_path):
+    train('--max_iters=3', '--n_layer=1')
+    outcome = train('--max_iters=3', '--n_layer=1', '--compile=True', out='compiled')
+    assert outcome.status == 0, outcome.err
+    assert losses(tmp_path / 'compiled') == pytest.approx(losses(tmp_path / 'out'), rel=1e-5)
+
+
+def test_the_batch_of_an_iteration_does_not_depend_on_its_micro_steps(train, tmp_path):
+    for size, steps in ((8, 1), (4, 2), (1, 8)):
+        train(f'--batch_size={size}', f'--gradient_accumulation_steps={steps}', out=f'{size}')
+    assert losses(tmp_path / '4') == pytest.approx(losses(tmp_path / '8'), rel=1e-5)
+    assert losses(tmp_path / '1') == pytest.approx(losses(tmp_path / '8'), rel=1e-5)
+
+
+def test_another_seed_sees_other_batches_but_is_evaluated_on_the_same(train, tmp_path):
+    train('--seed=1', '--learning_rate=0.0', '--min_lr=0.0')
+    train('--seed=2', '--learning_rate=0.0', '--min_lr=0.0', out='other')
+    assert losses(tmp_path / 'out') != losses(tmp_path / 'other')
+    first = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    outcome = train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--seed=2', '--eval_only=True', out='evaluated')
+    assert f'val loss {first["best_val_loss"]:.4f}' in outcome.out
+
+
+def test_eval_iters_0_takes_every_token_of_val_once(train, tmp_path, dataset):
+    train('--eval_iters=0')
+    saved = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')
+    model = GPT(GPTConfig(**saved['model_args'])).eval()
+    model.load_state_dict(saved['model'])
+    tokens = torch.from_numpy(np.fromfile(dataset / 'val.bin', dtype='<u2').astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(tokens) - 1, 16):
+            y = tokens[i + 1 : i + 17]
+            total += model(tokens[None, i : i + len(y)], y[None])[1].item() * len(y)
+    assert entries(tmp_path / 'out', 'eval')[-1]['val_loss'] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+
+def test_eval_only_evaluates_and_writes_nothing(train, tmp_path):
+    outcome = train('--eval_only=True')
+    assert outcome.status == 0 and 'val loss' in outcome.out
+    assert not (tmp_path / 'out').exists()
+
+
+def test_learning_rate_warms_up_and_falls_as_a_cosine(train):
+    outcome = train('--warmup_iters=10', '--lr_decay_iters=110', '--learning_rate=1.0', '--min_lr=0.1')
+    at = outcome.names['learning_rate_at']
+    assert at(0) == pytest.approx(1 / 11) and at(9) == pytest.approx(10 / 11)
+    assert at(10) == 1.0 and at(60) == pytest.approx(0.55) and at(110) == at(1000) == 0.1
+
+
+def test_every_parameter_receives_the_scheduled_learning_rate_and_clipping(train):
+    opt = train('--grad_clip=0.5').names['opt']
+    assert opt.max_grad_norm == 0.5
+    assert {group['lr'] for group in opt.param_groups} == {train().names['learning_rate_at'](7)}
+
+
+def test_order_auto_follows_the_papers(train):
+    assert train('--optimizer=adamcpr').names['opt'].order == 'before'
+    assert train('--optimizer=adamwn').names['opt'].order == 'after'
+
+
+# -- norms
+
+
+def test_norms_are_recorded_from_the_start_for_every_optimizer(train, tmp_path):
+    for optimizer in ('adamw', 'adamcpr', 'adamwn'):
+        train(f'--optimizer={optimizer}', '--kappa_init_method=dependent', '--kappa_init_param=0.9', out=optimizer)
+        records = entries(tmp_path / optimizer, 'norms')
+        assert [r['iter'] for r in records] == [0, 2, 4, 6, 8]
+        assert records[0]['ratio'] == 1 and all(t['ratio'] == 1 for t in records[0]['tensors'].values())
+        model = checkpoint.load(tmp_path / optimizer / 'ckpt.pt')['model']
+        for name, tensor in records[-1]['tensors'].items():
+            assert tensor['norm'] == pytest.approx(model[name].norm().item(), rel=1e-5)
+            assert ('kappa' in tensor) == (optimizer == 'adamcpr' and 'transformer.h.' in name)  # not the embeddings
+        total = math.hypot(*(t['norm'] for t in records[-1]['tensors'].values()))
+        start = math.hypot(*(t['norm'] for t in records[0]['tensors'].values()))
+        assert records[-1]['ratio'] == pytest.approx(total / start)
+
+
+def test_adamwn_reaches_the_scheduled_ratio(train, tmp_path):
+    train('--optimizer=adamwn', '--wn_rate=1.0', '--wn_ratio=1.3', '--wn_ramp_iters=4')
+    ratio = {r['iter']: r['ratio'] for r in entries(tmp_path / 'out', 'norms')}
+    assert [ratio[i] for i in (2, 4, 8)] == pytest.approx([1.15, 1.3, 1.3], rel=1e-4)
+
+
+def test_wn_from_takes_the_ratio_of_every_tensor_from_a_finished_run(train, tmp_path):
+    train('--optimizer=adamw', '--max_iters=20')
+    train('--optimizer=adamwn', f'--wn_from={tmp_path / "out"}', '--wn_rate=1.0', '--wn_ramp_iters=4', out='wn')
+    wanted, reached = ({name: t['ratio'] for name, t in entries(tmp_path / out, 'norms')[-1]['tensors'].items()}
+                       for out in ('out', 'wn'))  # fmt: skip
+    assert reached == pytest.approx(wanted, rel=1e-4)
+    assert len({round(ratio, 3) for ratio in wanted.values()}) > 3
+
+
+# -- what it leaves
+
+
+def test_the_checkpoint_has_nanogpts_keys_and_torch_adamw_can_load_its_optimizer(train, tmp_path):
+    for optimizer in ('adamw', 'adamcpr', 'adamwn'):
+        train(f'--optimizer={optimizer}', out=optimizer)
+        saved = torch.load(tmp_path / optimizer / 'ckpt.pt', weights_only=True)
+        assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= saved.keys()
+        assert saved['iter_num'] == 8 and saved['config']['dataset'].endswith('sums')
+        assert ' '.join(sorted(saved['model_args'])) == 'bias block_size dropout n_embd n_head n_layer vocab_size'
+        model = GPT(GPTConfig(**saved['model_args']))
+        model.load_state_dict(saved['model'])
+        params = [p for p in model.parameters() if p.requires_grad]
+        theirs = torch.optim.AdamW([{'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
+                                    {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}])  # fmt: skip
+        theirs.load_state_dict(saved['optimizer'])
+        model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+        theirs.step()
+
+
+def test_a_nanogpt_checkpoint_is_continued_with_its_adamw_state(train, tmp_path):
+    train()
+    path = tmp_path / 'out' / 'ckpt.pt'
+    saved = torch.load(path, weights_only=True)
+    model = GPT(GPTConfig(**saved['model_args']))
+    model.load_state_dict(saved['model'])
+    params = list(model.parameters())
+    theirs = torch.optim.AdamW([{'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
+                                {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}], lr=1e-2)
+    theirs.load_state_dict(saved['optimizer'])
+    keys = ('model_args', 'iter_num', 'best_val_loss')
+    torch.save({'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}, 'optimizer': theirs.state_dict(),
+                'config': {'dataset': 'sums', 'device': 'cuda'}, **{k: saved[k] for k in keys}}, tmp_path / 'theirs.pt')
+    for out, source in (('a', path), ('b', tmp_path / 'theirs.pt')):
+        assert train('--max_iters=12', f'--init_from={source}', out=out).status == 0
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and list(losses(tmp_path / 'b')) == [8, 9, 10, 11]
+
+
+def test_the_log_has_the_documented_kinds_and_fields(train, tmp_path):
+    train()
+    log = runlog.read(str(tmp_path / 'out'))
+    assert {e['kind'] for e in log} == {'config', 'train', 'eval', 'norms'}
+    assert entries(tmp_path / 'out', 'config')[0]['config']['batch_size'] == 4
+    for e in entries(tmp_path / 'out', 'train'):
+        assert {'iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu'} <= e.keys()
+        assert e['ms'] > 0 and e['tokens_per_s'] > 0 and e['grad_norm'] > 0
+
+
+def test_only_the_best_is_kept_when_asked(train, tmp_path):
+    train('--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0')
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()  # no evaluation was better than the first
+
+
+def test_wandb_offline_receives_the_run(train, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    outcome = train('--wandb_log=True', '--wandb_run_name=t')
+    assert outcome.status == 0, outcome.err
+    assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
+
+
+# -- stopping and going on
+
+
+@pytest.mark.parametrize('arguments', [
+    ('--optimizer=adamcpr', '--reg_step_size=2'),
+    ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=6'),
+    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+    ('--optimizer=adamw', '--dropout=0.2', '--gradient_accumulation_steps=3'),
+    ('--optimizer=adamw', '--dtype=float16'),
+], ids=lambda a: ' '.join(a))  # fmt: skip
+def test_a_resumed_run_continues_bit_for_bit(train, tmp_path, arguments):
+    train('--max_iters=16', *arguments)
+    train('--max_iters=8', *arguments, out='resumed')
+    outcome = train('--max_iters=16', '--init_from=resume', *arguments, out='resumed')
+    assert outcome.status == 0, outcome.err
+    assert losses(tmp_path / 'resumed') == losses(tmp_path / 'out')
+    a, b = (checkpoint.load(tmp_path / out / 'ckpt.pt') for out in ('out', 'resumed'))
+    assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
+    strip = [{k: v for k, v in e.items() if k not in ('ms', 'tokens_per_s')} for out in ('out', 'resumed')
+             for e in runlog.read(str(tmp_path / out)) if e['kind'] != 'config']  # fmt: skip
+    assert strip[: len(strip) // 2] == strip[len(strip) // 2 :]
+
+
+def start(out_dir, dataset, *arguments, **options):
+    command = [sys.executable, 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_iteration_and_writes_a_checkpoint(tmp_path, dataset, number):
+    process = start(tmp_path / 'out', dataset, '--max_iters=100000', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('iter 5:'):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == ''
+    assert f'stopped by {number.name}' in out and '--init_from=auto' in out
+    saved = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')
+    assert saved['iter_num'] == max(losses(tmp_path / 'out')) + 1 >= 6
+
+
+def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset, monkeypatch):
+    arguments = ('--optimizer=adamcpr', '--reg_step_size=10', '--max_iters=120', '--lr_decay_iters=120',
+                 '--eval_interval=5', '--eval_iters=1', '--init_from=auto', '--dropout=0.1')  # fmt: skip
+    whole = start(tmp_path / 'whole', dataset, *arguments)
+    assert whole.wait(timeout=120) == 0
+    chance, kills, done = random.Random(0), 0, False
+    while kills < 20:
+        process = start(tmp_path / 'killed', dataset, *arguments)
+        seen, wanted = 0, chance.randrange(2, 14)  # lines of output, one to two checkpoints' worth
+        for _ in process.stdout:
+            seen += 1
+            if seen == wanted:
+                time.sleep(chance.random() * 0.02)
+                process.kill()
+                break
+        done = process.wait() == 0
+        process.communicate()
+        if done:
+            break
+        kills += 1
+        assert not (tmp_path / 'killed' / 'ckpt.pt').exists() or checkpoint.load(tmp_path / 'killed' / 'ckpt.pt')
+    assert kills == 20, 'the run ended before it was killed twenty times'
+    last = start(tmp_path / 'killed', dataset, *arguments)
+    assert last.wait(timeout=120) == 0
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    assert len(losses(tmp_path / 'whole')) == 120
+    val = [{e['iter']: e['val_loss'] for e in entries(tmp_path / out, 'eval')} for out in ('killed', 'whole')]
+    assert val[0] == val[1]
+
+
+def test_auto_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(train, tmp_path):
+    assert train('--init_from=auto').status == 0
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes(), (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    outcome = train('--init_from=auto')
+    assert outcome.status == 0 and 'nothing is left to train' in outcome.out
+    assert before == ((tmp_path / 'out' / 'ckpt.pt').read_bytes(), (tmp_path / 'out' / 'log.jsonl').read_bytes())
+
+
+def test_resume_without_the_config_takes_the_architecture_from_the_checkpoint(script, train, tmp_path, dataset):
+    train()
+    outcome = script('train.py', '--init_from=resume', f'--out_dir={tmp_path / "out"}', f'--dataset={dataset}',
+                     '--compile=False', '--eval_only=True', '--eval_iters=1', '--device=cpu')  # fmt: skip
+    assert outcome.status == 0 and 'iteration 8' in outcome.out
+
+
+def test_switching_the_optimizer_keeps_moments_and_iteration(train, tmp_path):
+    train()
+    outcome = train('--init_from=resume', '--optimizer=adamcpr', '--switch_optimizer=True', '--max_iters=12')
+    assert outcome.status == 0 and list(losses(tmp_path / 'out')) == list(range(12))
+    state = outcome.names['opt'].state_dict()['state'][2]
+    assert state['step'] == 12 and 'kappa' in state
+    outcome = train('--init_from=resume', '--switch_optimizer=True', '--max_iters=14')  # and back
+    assert outcome.status == 0
+    assert set(outcome.names['opt'].state_dict()['state'][2]) == {'step', 'exp_avg', 'exp_avg_sq'}
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset):
+    out = tmp_path / 'out'
+    assert start(out, dataset).wait(timeout=60) == 0
+    before = (out / 'ckpt.pt').read_bytes()
+
+    def no_room():  # no file may grow beyond half a checkpoint: what a full disk does, for this process alone
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    process = start(out, dataset, '--init_from=resume', '--max_iters=12', preexec_fn=no_room)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and 'could not write' in err and 'the checkpoint before it' in err
+    assert [line for line in err.splitlines() if line.startswith('error: ')] == err.splitlines()
+    assert (out / 'ckpt.pt').read_bytes() == before
+    assert sorted(p.name for p in out.iterdir()) == ['ckpt.pt', 'log.jsonl']
+    assert start(out, dataset, '--init_from=resume', '--max_iters=12').wait(timeout=60) == 0
+
+
+# -- what a user gets wrong
+
+
+def bad(outcome, *says):
+    assert outcome.status == 2, outcome.out
+    assert outcome.err.startswith('error: ') and outcome.err.count('\n') == 1, outcome.err
+    assert 'Traceback' not in outcome.err
+    for text in says:
+        assert text in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize('argument, says', [
+    ('--learning_rat=1', "did you mean 'learning_rate'?"),
+    ('--batch_size=2.5', 'whole number'),
+    ('config/train_char_cpx.py', 'did you mean config/train_char_cpr.py?'),
+    ('--dataset=nowhere', 'shakespeare_char'),
+    ('--dataset=shakespeare', 'python data/shakespeare/prepare.py'),
+    ('--n_head=3', 'n_embd=16 is not divisible by n_head=3'),
+    ('--learning_rate=-1.0', 'learning_rate=-1.0 must be >= 0'),
+    ('--learning_rate=nan', 'learning_rate'),
+    ('--learning_rate=1e999', 'finite'),
+    ('--batch_size=0', 'batch_size=0 must be >= 1'),
+    ('--gradient_accumulation_steps=0', 'must be >= 1'),
+    ('--block_size=0', 'must be >= 1'),
+    ('--block_size=100000', 'lower block_size'),
+    ('--eval_interval=0', 'must be >= 1'),
+    ('--log_interval=0', 'must be >= 1'),
+    ('--norm_log_interval=0', 'must be >= 1'),
+    ('--dropout=1.0', 'in [0, 1)'),
+    ('--beta2=1.0', 'in [0, 1)'),
+    ('--seed=-1', '>= 0'),
+    ('--wn_rate=1.5', 'wn_rate=1.5 must be in [0, 1]'),
+    ('--wn_rate=-0.5', 'wn_rate=-0.5 must be in [0, 1]'),
+    ('--optimizer=adam', 'one of adamw adamcpr adamwn'),
+    ('--order=during', 'one of auto before after'),
+    ('--impl=cuda', "impl='cuda'"),
+    ('--device=cuda', '--device=cpu'),
+    ('--device=tpu9', 'cannot be used here'),
+    ('--dtype=float8', 'dtype'),
+    ('--lr_decay_iters=1', 'warmup_iters'),
+    ('--init_from=resume', 'there is no checkpoint at'),
+    ('--init_from=nowhere/ckpt.pt', 'nowhere/ckpt.pt'),
+    ('--wn_from=nowhere', 'log.jsonl'),
+])  # fmt: skip
+def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(train, tmp_path, argument, says, monkeypatch):
+    if argument == '--device=cuda' and torch.cuda.is_available():
+        pytest.skip('this machine has a GPU')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    bad(train(argument), says)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('arguments, says', [
+    (('--kappa_init_method=warm_start', '--kappa_init_param=0'), 'kappa_init_param=0.0 must be > 0'),
+    (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
+    (('--kappa_init_method=sometimes',), 'inflection_point'),
+    (('--reg_function=l3',), 'huber'),
+    (('--reg_step_size=0',), '>= 1'),
+    (('--reg_ema_decay=1.0',), 'in [0, 1)'),
+    (('--kappa_update=-1',), '>= 0'),
+])  # fmt: skip
+def test_impossible_settings_of_adamcpr_end_with_one_error_line(train, tmp_path, arguments, says):
+    bad(train('--optimizer=adamcpr', *arguments), says)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_damaged_data_ends_with_one_error_line(train, tmp_path, dataset):
+    folder = tmp_path / 'd'
+    folder.mkdir()
+    meta = json.loads((dataset / 'meta.json').read_text())
+    for content, says in ((b'\0' * 2001, 'odd'), (b'\0' * 20, 'block of 16'), (b'\xff\x00' * 1000, 'vocabulary')):
+        for name in ('train', 'val'):
+            (folder / f'{name}.bin').write_bytes(content)
+            meta[f'{name}_tokens'] = len(content) // 2
+        (folder / 'meta.json').write_text(json.dumps(meta))
+        bad(train(f'--dataset={folder}'), says)
+    (folder / 'meta.json').write_text('{')
+    bad(train(f'--dataset={folder}'), 'meta.json')
+
+
+def test_a_damaged_checkpoint_ends_with_one_error_line_and_stays(train, tmp_path):
+    train()
+    path = tmp_path / 'out' / 'ckpt.pt'
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b'', b'not a checkpoint', whole[:-1000] + b'\0' * 1000):
+        path.write_bytes(content)
+        bad(train('--init_from=resume', '--max_iters=20'), 'ckpt.pt')
+        bad(train('--init_from=auto', '--max_iters=20'), 'ckpt.pt')
+        assert path.read_bytes() == content
+    torch.save({'something': 1}, path)
+    bad(train('--init_from=resume'), 'ckpt.pt')
+
+
+@pytest.mark.parametrize('argument', ['--n_layer=3', '--n_embd=32', '--n_head=4', '--block_size=8', '--bias=True'])
+def test_resuming_with_another_architecture_ends_with_one_error_line(train, tmp_path, argument):
+    train()
+    before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    bad(train('--init_from=resume', '--max_iters=20', argument), argument[2:].partition('=')[0], 'the checkpoint has')
+    assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before
+
+
+def test_resuming_with_another_optimizer_says_what_is_kept_and_asks_for_the_flag(train):
+    train()
+    bad(train('--init_from=resume', '--max_iters=20', '--optimizer=adamcpr'), '--switch_optimizer=True', 'moments')
+
+
+def test_an_out_dir_that_cannot_be_written_ends_with_one_error_line(train, tmp_path):
+    (tmp_path / 'file').write_text('')
+    bad(train(out='file'), "out_dir='")
+    bad(train(out='file/below'), "out_dir='")
+
+
+def test_wn_from_a_run_without_norms_ends_with_one_error_line(train, tmp_path):
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'log.jsonl').write_text('{"kind": "eval", "iter": 0, "train_loss": 1, "val_loss": 1}\n')
+    bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "old"}'), 'recorded no norms')
+    train('--n_layer=1')
+    bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "out"}', out='wn'), 'n_layer')
+
+
+def test_torchrun_with_several_processes_is_refused(train, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    bad(train(), 'one process')

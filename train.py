@@ -1,0 +1,360 @@
+"""Train a GPT with AdamW, AdamCPR or AdamWN, on one device.
+
+    python train.py config/train_char_cpr.py                       a config file over the settings below
+    python train.py config/train_char_cpr.py --max_iters=500       and single settings over that
+    python train.py --help                                         all settings
+
+The settings are nanoGPT's, under its names and with its defaults, and those of the optimizers. out_dir receives ckpt.pt
+(checkpoint.py) and log.jsonl (runlog.py). A run that was stopped, by whatever, goes on with --init_from=auto as if it
+never had been.
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import checkpoint
+import runlog
+from configurator import check, configure
+from cpr import AdamCPR, AdamW, AdamWN, weight_norms
+from data.tokens import TokenData, prefetch, to_device
+from model import GPT, GPTConfig
+from runtime import fail, setup
+
+# ---- settings: GPT-2 124M on OpenWebText, unless a config file or --key=value says otherwise
+# input and output
+out_dir = 'out'  # where ckpt.pt and log.jsonl go
+eval_interval = 2000  # iterations between evaluations, each followed by a checkpoint
+log_interval = 1  # iterations between two lines of training loss
+eval_iters = 200  # batches an evaluation takes of each split; 0: the whole of val.bin, each token once
+eval_only = False  # evaluate once and leave, writing nothing
+always_save_checkpoint = True  # False: only after an evaluation that is the best so far, and when stopped
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', a checkpoint's path
+norm_log_interval = 100  # iterations between two records of every tensor's norm, kappa and lambda
+# wandb
+wandb_log = False  # also report to Weights & Biases
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'  # a folder in data/
+gradient_accumulation_steps = 5 * 8  # micro-steps an iteration
+batch_size = 12  # sequences a micro-step
+block_size = 1024  # tokens a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
+bias = False  # biases in Linear and LayerNorm layers, as in GPT-2
+# optimizer
+optimizer = 'adamw'  # 'adamw', 'adamcpr' (upper bound on each tensor's norm), 'adamwn' (norm steered to a target)
+learning_rate = 6e-4  # the highest of the schedule
+max_iters = 600000
+weight_decay = 1e-1  # adamw only
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # clip the gradients to this total norm; 0.0 does not
+order = 'auto'  # norm and correction 'before' or 'after' the Adam update; 'auto': the papers', cpr before, wn after
+impl = 'auto'  # the passes over memory: 'auto' or 'torch'
+switch_optimizer = False  # resume with another optimizer than the checkpoint's: keeps Adam's moments, nothing else
+# AdamCPR, under the names of pytorch_cpr.AdamCPR
+kappa_init_method = 'inflection_point'  # the bound: 'inflection_point', 'warm_start', 'uniform' or 'dependent'
+kappa_init_param = 1000.0  # warm_start: steps; uniform: the bound; dependent: the bound over the start's
+reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
+kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
+reg_step_size = 200  # inflection_point: steps between two looks at the growth
+reg_ema_decay = 0.99  # inflection_point: of the moving average that is looked at
+reg_embedding = False  # bound the embeddings, too
+reg_by_lr = False  # multiply the correction by the learning rate
+# AdamWN
+wn_ratio = 1.0  # target norm over the norm at the start, reached at the end of the ramp
+wn_rate = 1e-2  # k: the share of the way to the target that a step goes
+wn_ramp_iters = 2500  # iterations over which the target goes from 1 to wn_ratio
+wn_scope = 'tensor'  # steer each tensor's norm, or 'global': the joint norm
+wn_from = ''  # out_dir of a finished run: its final ratios, per tensor, in place of wn_ratio
+# learning rate schedule
+decay_lr = True  # False: learning_rate throughout
+warmup_iters = 2000  # linear from near 0
+lr_decay_iters = 600000  # where the cosine ends; as long as max_iters, after Chinchilla
+min_lr = 6e-5  # the lowest; a tenth of learning_rate, after Chinchilla
+# system
+device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first of them that is there
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 where the GPU has it, float32 on the CPU
+compile = True  # torch.compile the model
+seed = 1337  # of the initial weights and of the batches
+# ----
+settings, given = configure(globals())
+check(settings, {
+    '>= 1': 'eval_interval log_interval norm_log_interval gradient_accumulation_steps batch_size block_size n_layer '
+            'n_head n_embd reg_step_size',
+    '>= 0': 'eval_iters max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio '
+            'wn_ramp_iters warmup_iters lr_decay_iters seed',
+    'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
+    'in [0, 1]': 'wn_rate',
+    'one of adamw adamcpr adamwn': 'optimizer',
+    'one of auto before after': 'order',
+})  # fmt: skip
+if decay_lr and lr_decay_iters < warmup_iters:
+    fail(f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False')
+if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    fail('train.py trains in one process; start it with python instead of torchrun')
+
+rt = setup(device, dtype, seed)
+ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+resumed = None  # the checkpoint that this run continues
+if init_from == 'resume' or os.path.isfile(init_from):
+    resumed = checkpoint.load(ckpt_path if init_from == 'resume' else init_from)
+    for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
+        theirs = resumed['model_args'][key]
+        if key in given and settings[key] != theirs:
+            fail(f'{key}={settings[key]} but the checkpoint has {key}={theirs}; leave {key} out or start from scratch')
+        globals()[key] = settings[key] = theirs
+    optimizer_before = resumed['config'].get('optimizer', 'adamw')  # nanoGPT knows no other
+    if optimizer_before != optimizer and not switch_optimizer and not eval_only:
+        fail(f'the checkpoint was trained with {optimizer_before}, not {optimizer}: --switch_optimizer=True keeps the '
+             f"weights, Adam's moments and the iteration and sets up anew what {optimizer} adds")
+
+# ---- model and data
+try:
+    if resumed:
+        model = GPT(GPTConfig(**{**resumed['model_args'], 'dropout': dropout}))
+        model.load_state_dict(resumed['model'])
+    elif init_from == 'scratch':
+        model = None
+    else:
+        model = GPT.from_pretrained(init_from, override_args=dict(dropout=dropout))
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+        block_size = settings['block_size'] = model.config.block_size
+    data = TokenData(os.path.join('data', dataset), block_size, model.config.vocab_size if model else None)
+    if model is None:
+        vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257 rounded up to a multiple of 64
+        model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+                              n_embd=n_embd, dropout=dropout, bias=bias))  # fmt: skip
+except (ValueError, RuntimeError) as e:  # RuntimeError: weights that do not fit the model
+    fail(e)
+model.to(rt.device)
+init_norms = (resumed or {}).get('init_norms') or weight_norms(model)
+init_norm = math.hypot(*init_norms.values())
+
+# ---- optimizer
+final_ratio = wn_ratio  # of AdamWN's targets: one number, or one for each tensor of the first parameter group
+if wn_from:
+    last = next((e for e in reversed(runlog.read(wn_from)) if e['kind'] == 'norms'), None)
+    if last is None:
+        fail(f'the run in {wn_from} recorded no norms; train it again with --norm_log_interval=100')
+    if last['tensors'].keys() != init_norms.keys():
+        fail(f'the model of the run in {wn_from} has other tensors than this one; train both with the same n_layer')
+    ratios = [last['tensors'][name]['ratio'] for name in init_norms]
+    final_ratio = last['ratio'] if wn_scope == 'global' else torch.tensor(ratios, device=rt.device)
+try:
+    common = dict(lr=learning_rate, betas=(beta1, beta2), max_grad_norm=grad_clip, impl=impl)
+    if order != 'auto' and optimizer != 'adamw':
+        common['order'] = order
+    if optimizer == 'adamw':
+        opt = AdamW(model, weight_decay=weight_decay, **common)
+    elif optimizer == 'adamcpr':
+        opt = AdamCPR(model, kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param,
+                      reg_function=reg_function, kappa_update=kappa_update, reg_step_size=reg_step_size,
+                      reg_ema_decay=reg_ema_decay, reg_embedding=reg_embedding, reg_by_lr=reg_by_lr,
+                      **common)  # fmt: skip
+    else:
+        opt = AdamWN(model, rate=wn_rate, scope=wn_scope, **common)
+except ValueError as e:
+    fail(e)
+scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
+iter_num, best_val_loss = 0, math.inf
+if resumed:
+    iter_num, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
+    state = resumed['optimizer']['state']
+    if optimizer_before != optimizer:
+        state = {i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()}
+    # the tensors' state is the checkpoint's, the options are this run's
+    opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    scaler.load_state_dict(resumed.get('scaler', {}) if scaler.is_enabled() else {})
+    resumed = state = None  # frees a copy of the weights and the moments
+
+
+def learning_rate_at(iteration):
+    """Linear warm-up, then a cosine down to min_lr."""
+    if not decay_lr:
+        return learning_rate
+    if iteration < warmup_iters:
+        return learning_rate * (iteration + 1) / (warmup_iters + 1)
+    if iteration >= lr_decay_iters:
+        return min_lr
+    done = (iteration - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
+
+
+def wn_ratio_at(iteration):
+    """Linear from 1 to final_ratio over wn_ramp_iters (arXiv 2311.11446, section 4)."""
+    return 1 + (final_ratio - 1) * min(1.0, (iteration + 1) / max(wn_ramp_iters, 1))
+
+
+compiled = torch.compile(model) if compile else model
+EVAL_SEED = 1 << 40  # no run's own seed, so that all runs are evaluated on the same batches
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss a token of both splits, over the same batches every time and whatever the seed."""
+    model.eval()
+    losses = {}
+    count = eval_iters or math.ceil(len(data.splits['val']) / (batch_size * block_size))
+    for split in ('train', 'val'):
+        pairs = (data.batch(split, EVAL_SEED, i, batch_size) for i in range(count))
+        if split == 'val' and eval_iters == 0:
+            pairs = data.sequential('val', batch_size)
+        total, tokens = 0.0, 0
+        for x, y in pairs:
+            x, y = to_device((x, y), rt.device)
+            with rt.autocast():
+                _, loss = compiled(x, y)
+            total, tokens = total + loss.item() * y.numel(), tokens + y.numel()
+        losses[split] = total / tokens
+    model.train()
+    return losses
+
+
+def norms():
+    """The record of every weight tensor: its norm, the ratio to the norm at the start, and AdamCPR's kappa, lambda."""
+    params, tensors = dict(model.named_parameters()), {}
+    for name, norm in weight_norms(model).items():
+        state = opt.state.get(params[name], {})
+        bound = {k: state[k].item() for k in ('kappa', 'lagmul') if k in state}
+        tensors[name] = dict(norm=norm, ratio=norm / init_norms[name] if init_norms[name] else math.nan, **bound)
+    return dict(ratio=math.hypot(*(t['norm'] for t in tensors.values())) / init_norm, tensors=tensors)
+
+
+def save():
+    """Write the checkpoint of iteration iter_num, or leave the one before it and say so."""
+    try:
+        checkpoint.save(ckpt_path, {
+            'model': model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
+            'model_args': model.config.model_args(), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
+            'config': settings, 'init_norms': init_norms,
+        })  # fmt: skip
+    except OSError as e:
+        fail(f'could not write {ckpt_path} ({e}); the checkpoint before it, if any, is whole: make room, then go on '
+             'with --init_from=resume')
+
+
+# ---- the loop
+if eval_only:
+    losses = estimate_loss()
+    print(f'iteration {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    sys.exit()
+
+if iter_num >= max_iters > 0:
+    print(f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train')
+    sys.exit()
+
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    log = runlog.RunLog(out_dir, iter_num)
+except OSError as e:
+    fail(f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH")
+if wandb_log:
+    import wandb
+
+    wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+
+stopped_by = None
+
+
+def stop(signum, _):
+    """The first signal ends the run after this iteration, with a checkpoint; the second ends it here."""
+    global stopped_by
+    stopped_by = signum
+    signal.signal(signum, signal.SIG_DFL)
+
+
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+
+sequences = batch_size * gradient_accumulation_steps
+parameters = model.get_num_params()
+log.write('config', config=settings, parameters=parameters, device=rt.device, dtype=rt.dtype, torch=torch.__version__)
+print(f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, {optimizer} on '
+      f'{rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}')  # fmt: skip
+
+
+def micro_batch(i):
+    """Micro-batch i of the run: part of the batch of iteration i // gradient_accumulation_steps."""
+    iteration, part = divmod(i, gradient_accumulation_steps)
+    rows = slice(part * batch_size, (part + 1) * batch_size)
+    return to_device(data.batch('train', seed, iteration, sequences, rows), rt.device)
+
+
+batches = prefetch(micro_batch, iter_num * gradient_accumulation_steps)
+model.train()
+timed_from, timed_iter = time.perf_counter(), iter_num
+while True:
+    finished = iter_num >= max_iters
+    if iter_num % norm_log_interval == 0 or finished:
+        record = norms()
+        log.write('norms', iter=iter_num, **record)
+        if wandb_log:
+            wandb.log({'iter': iter_num, 'norm_ratio': record['ratio']}, step=iter_num)
+    if iter_num % eval_interval == 0 or finished:
+        losses = estimate_loss()
+        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
+        log.write('eval', iter=iter_num, train_loss=losses['train'], val_loss=losses['val'])
+        if wandb_log:
+            wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val']}, step=iter_num)
+        best = losses['val'] < best_val_loss
+        best_val_loss = min(best_val_loss, losses['val'])
+        if iter_num > 0 and (best or always_save_checkpoint):
+            save()
+        timed_from, timed_iter = time.perf_counter(), iter_num
+    if finished:
+        break
+
+    lr = learning_rate_at(iter_num)
+    for group in opt.param_groups:
+        group['lr'] = lr
+    if optimizer == 'adamwn':
+        opt.param_groups[0]['ratio'] = wn_ratio_at(iter_num)
+    if dropout > 0:  # so that a resumed run drops what an undisturbed one does
+        torch.manual_seed(seed + iter_num)
+    loss_sum = 0.0
+    for _ in range(gradient_accumulation_steps):
+        x, y = next(batches)
+        with rt.autocast():
+            _, loss = compiled(x, y)
+            loss = loss / gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        loss_sum = loss_sum + loss.detach()
+    scaler.step(opt)  # clips too, and skips where a gradient is not finite
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+
+    if iter_num % log_interval == 0:
+        loss = loss_sum.item()  # waits for the device
+        ms = (time.perf_counter() - timed_from) * 1e3 / (iter_num + 1 - timed_iter)
+        tokens_per_s = sequences * block_size / ms * 1e3
+        mfu = model.estimate_mfu(sequences, ms / 1e3, rt.peak_flops) if rt.peak_flops else None
+        entry = dict(loss=loss, lr=lr, grad_norm=opt.grad_norm.item(), ms=ms, tokens_per_s=tokens_per_s, mfu=mfu)
+        log.write('train', iter=iter_num, **entry, skipped_steps=opt.skipped_steps.item())
+        if wandb_log:
+            wandb.log({'iter': iter_num, **{f'train/{k}': v for k, v in entry.items() if v is not None}}, step=iter_num)
+        print(f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {entry["grad_norm"]:.2f}, {ms:.1f} ms, '
+              f'{tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else ''), flush=True)  # fmt: skip
+        timed_from, timed_iter = time.perf_counter(), iter_num + 1
+    iter_num += 1
+    if stopped_by:
+        save()
+        print(f'stopped by {signal.Signals(stopped_by).name} after iteration {iter_num - 1}: wrote {ckpt_path}; '
+              'go on with --init_from=auto', flush=True)  # fmt: skip
+        break
+
+batches.close()
+if stopped_by:
+    sys.exit(128 + stopped_by)
