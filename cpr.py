@@ -41,17 +41,33 @@ class _Tensors:
         self.index = [i for i, _ in members]  # place in the group, for options given as one value a parameter
         self.params = [p for _, p in members]
         states = [optimizer._state_of(p, group, regularized) for p in self.params]
+        self.states = list(zip(self.params, states, strict=True))
         self.exp_avgs = [s['exp_avg'] for s in states]
         self.exp_avg_sqs = [s['exp_avg_sq'] for s in states]
         self.device = self.params[0].device
         self.scalars = {}
         for name in ('step', *(optimizer._scalars if regularized else ())):
-            self.scalars[name] = torch.stack([s[name].to(self.device) for s in states])
+            self.scalars[name] = torch.stack([torch.as_tensor(s[name], device=self.device) for s in states])
             for j, state in enumerate(states):
                 state[name] = self.scalars[name][j]
         self.steps = self.scalars['step']
         self.reg_function = group.get('reg_function', 'l2')
         self.numel = torch.tensor([max(p.numel(), 1) for p in self.params], dtype=torch.float32, device=self.device)
+        self.squares = None  # sum(theta ** 2) as the last step's pass summed it
+        self._written = None
+
+    def remember(self):
+        """Note the weights as they are now, for `unchanged`."""
+        samples = [p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self.params]
+        self._written = [(p.data_ptr(), p._version) for p in self.params], samples, torch.cat(samples)
+
+    def unchanged(self):
+        """Whether nobody has written the weights since. Every tensor counts its writes; what goes by way of p.data it
+        does not count, so a few elements of each are compared besides. Asks the host, so it is for the CPU alone."""
+        if self._written is None:
+            return False
+        written, samples, values = self._written
+        return written == [(p.data_ptr(), p._version) for p in self.params] and torch.equal(torch.cat(samples), values)
 
     def per_tensor(self, option):
         """A group's option, a number or one value for each of its parameters, as a number or a vector for ours."""
@@ -89,18 +105,26 @@ class _NormAdam(Optimizer):
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        regularize = group.get('regularize')
+        try:
+            self._complete(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _complete(self, group):
+        """Check a new group and say for each of its parameters whether it is regularized."""
+        params, regularize = group['params'], group.get('regularize')
+        for p in params:
+            _require(p.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                     f'parameters must be float32, bfloat16 or float16, not {p.dtype}')
         if regularize is None:
-            regularize = [p.dim() >= 2 for p in group['params']]
+            regularize = [p.dim() >= 2 for p in params]
         elif isinstance(regularize, (bool, int)):
-            regularize = [bool(regularize)] * len(group['params'])
-        _require(len(regularize) == len(group['params']),
-                 f'regularize has {len(regularize)} values for {len(group["params"])} parameters')
+            regularize = [bool(regularize)] * len(params)
+        _require(len(regularize) == len(params),
+                 f'regularize has {len(regularize)} values for {len(params)} parameters')
         # one bool where one says it all: easier to read in a checkpoint
         group['regularize'] = regularize[0] if len(set(regularize)) == 1 else list(regularize)
-        for p in group['params']:
-            _require(p.is_floating_point(), f'parameters must be real floating-point tensors, not {p.dtype}')
 
     def _group_module(self, module, defaults):
         """Two groups as nanoGPT's: tensors of two or more dimensions, then the rest, each in the module's order.
@@ -135,7 +159,7 @@ class _NormAdam(Optimizer):
         return state
 
     def _tensors(self):
-        """The parameters that have a gradient, as lists of _Tensors; made anew only when that set changes."""
+        """The parameters that have a gradient, as lists of _Tensors; made anew when that set or their state changes."""
         key, members = [], {}
         for group in self.param_groups:
             regularize = group['regularize']
@@ -147,11 +171,12 @@ class _NormAdam(Optimizer):
                 regularized = regularize[i] if isinstance(regularize, list) else regularize
                 key.append((id(p), p.device, regularized))
                 members.setdefault((id(group), regularized, p.device), (group, []))[1].append((i, p))
-        if self._prepared[0] != key:
+        known, tensors = self._prepared
+        if known != key or any(self.state.get(p) is not s for t in tensors for p, s in t.states):
             tensors = [_Tensors(self, group, regularized, m)
                        for (_, regularized, _), (group, m) in members.items()]  # fmt: skip
             self._prepared = (key, tensors)
-        return self._prepared[1]
+        return tensors
 
     def __getstate__(self):
         own = {k: getattr(self, k) for k in ('order', 'max_grad_norm', 'impl', 'grad_norm', 'skipped_steps')}
@@ -220,15 +245,25 @@ class _NormAdam(Optimizer):
             if t in decays and t.reg_function != 'l2':  # only l2's correction is a decay that Adam's pass can carry
                 plain.correct_(t.params, decay, t.reg_function)
                 decay = torch.zeros_like(decay)
+            summing = t.regularized and self._scalars and t.reg_function == 'l2' and (not before or t.steps.is_cpu)
+            t.squares = torch.empty_like(t.steps) if summing else None
             plain.adam_(
                 t.params, [p.grad for p in t.params], t.exp_avgs, t.exp_avg_sqs, t.steps, decay,
                 lr=group['lr'], beta1=group['betas'][0], beta2=group['betas'][1], eps=group['eps'],
-                grad_coef=grad_coef.to(t.device), skip=(~proceed).float().to(t.device),
+                grad_coef=grad_coef.to(t.device), skip=(~proceed).float().to(t.device), squares=t.squares,
             )  # fmt: skip
+            if before and summing:
+                t.remember()
         if not before:
             for t, decay in zip(regularized, self._decays(regularized, proceed), strict=True):
                 plain.correct_(t.params, decay, t.reg_function)
         return loss
+
+    def _R(self, t):
+        """R_j of the weights as they are now: what the pass that wrote them summed, if nobody wrote them since."""
+        if t.squares is not None and (self.order == 'after' or t.unchanged()):
+            return t.squares
+        return plain.regularizer(t.params, t.reg_function)
 
     def _measure_gradients(self, tensors):
         """What to multiply the gradients with (unscaling and clipping), and whether the step goes ahead: 0-d each."""
@@ -253,7 +288,7 @@ def weight_norms(module):
     The order is that of the first parameter group that an optimizer here makes of the module.
     """
     named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and p.dim() >= 2}
-    squares = plain.regularizer(named.values(), 'l2').tolist() if named else []
+    squares = plain.regularizer(list(named.values()), 'l2').tolist() if named else []
     return {name: math.sqrt(square) for name, square in zip(named, squares, strict=True)}
 
 
@@ -300,7 +335,8 @@ class AdamCPR(_NormAdam):
             'warm_start' (Kappa-WS): R_j after kappa_init_param steps, no constraint until then;
             'inflection_point' (Kappa-IP): R_j when its growth first slows down, no constraint until then. For this a
             bias-corrected moving average of R_j (decay reg_ema_decay) is looked at every reg_step_size steps; the
-            fourth look is the first that can find it. Each tensor has its own.
+            fourth look is the first that can find it, an R_j that falls has no growth to slow down. Each tensor has
+            its own.
         kappa_init_param: see there; not used by 'inflection_point'.
         reg_function: R, one of 'l2', 'l1', 'std', 'huber' (formulas: kernels/plain.py, regularizer).
         kappa_update: mu, how fast lambda follows. Divided by the tensor's number of elements n_j, except for 'std'.
@@ -321,6 +357,8 @@ class AdamCPR(_NormAdam):
                  f"reg_function='{reg_function}' must be one of {', '.join(REG_FUNCTIONS)}")
         _require(kappa_init_method == 'inflection_point' or kappa_init_param > 0,
                  f'kappa_init_param={kappa_init_param} must be > 0')
+        _require(kappa_init_method != 'warm_start' or kappa_init_param == int(kappa_init_param),
+                 f'kappa_init_param={kappa_init_param} must be a whole number of steps for warm_start')
         _require(kappa_update >= 0, f'kappa_update={kappa_update} must be >= 0')
         _require(reg_step_size >= 1 and reg_step_size == int(reg_step_size),
                  f'reg_step_size={reg_step_size} must be a whole number of steps, at least 1')
@@ -360,7 +398,7 @@ class AdamCPR(_NormAdam):
                 'ema': math.nan, 'ema_error': 0.0, 'ema_last': math.nan, 'ema_growth': math.nan}
 
     def _decays(self, tensors, proceed):
-        return [self._decay(t, plain.regularizer(t.params, t.reg_function), proceed.to(t.device)) for t in tensors]
+        return [self._decay(t, self._R(t), proceed.to(t.device)) for t in tensors]
 
     def _decay(self, t, R, proceed):
         group, kappa, kappa_set, lagmul = t.group, *(t.scalars[k] for k in ('kappa', 'kappa_set', 'lagmul'))
@@ -399,7 +437,9 @@ class AdamCPR(_NormAdam):
         look = (t.steps % every == 0) & proceed
         grown = ema - last  # nan at the first look, and so no comparison with it holds
         rounding = 16 * torch.finfo(torch.float32).eps * ema.abs()  # of R, a float32 sum over the tensor, and of ema
-        found = look & (t.steps >= 4 * every) & (grown < growth - rounding)
+        # A falling R is none that slows down; and the average's delay, which lengthens until it is full, would make a
+        # straight fall look as if it grew steeper.
+        found = look & (t.steps >= 4 * every) & (growth > 0) & (grown < growth - rounding)
         growth.copy_(torch.where(look, grown, growth))
         last.copy_(torch.where(look, ema, last))
         return found
@@ -442,11 +482,18 @@ class AdamWN(_NormAdam):
     def __getstate__(self):
         return {**super().__getstate__(), 'scope': self.scope}
 
+    def _complete(self, group):
+        super()._complete(group)
+        for name in ('ratio', 'norm'):
+            count = torch.as_tensor(0.0 if group[name] is None else group[name]).numel()
+            _require(count in (1, len(group['params'])),
+                     f"{name} has {count} values for a group of {len(group['params'])} parameters")
+
     def _init_scalars(self, p, group):
         return {'init_norm': plain.regularizer([p], 'l2')[0].sqrt()}
 
     def _decays(self, tensors, proceed):
-        squares = [plain.regularizer(t.params, 'l2') for t in tensors]
+        squares = [self._R(t) for t in tensors]
         starts = [t.scalars['init_norm'].square() for t in tensors]
         if self.scope == 'global' and tensors:
             squares, starts = ([torch.stack([x.sum().to(tensors[0].device) for x in xs]).sum()] * len(xs)

@@ -7,17 +7,30 @@ On the CPU, where reading a number costs nothing, those become Python numbers an
 
 import torch
 
-# Elements a float32 dot product sums at once on the CPU. MKL's single-precision dot loses about one part in 1e7 over
-# this many and one in 1e4 over the 38 million of GPT-2's embedding; smaller pieces cost time (26 ms against 22 ms for
-# the whole of GPT-2 124M at this size, 38 ms at a quarter of it). It is also a piece that stays in the L2 cache.
-PIECE = 1 << 18
+# Elements of a tensor that are worked on at a time on the CPU: what one operation wrote is still in the cache when the
+# next reads it, and a float32 dot product is good to the last digits (over the 38 million elements of GPT-2's embedding
+# it would lose 1e-4 of itself).
+PIECE = 1 << 20
+SMALL = 1 << 12  # elements of a tensor that shares a call with others
+
+
+def _dot(piece):
+    piece = piece.float()
+    return torch.dot(piece, piece).item()
 
 
 def _sum_of_squares(x):
-    if not x.is_cpu:
-        return torch.linalg.vector_norm(x, dtype=torch.float32).square()
-    pieces = [piece.float() for piece in x.reshape(-1).split(PIECE)]
-    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
+    """sum(x ** 2), a Python number on the CPU, else 0-d float32. Always the same bits for the same x."""
+    if x.is_cpu:
+        return sum(_dot(piece) for piece in x.reshape(-1).split(PIECE))
+    return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def _vector(values, device):
+    """Numbers or 0-d tensors as a float32 vector."""
+    if device.type == 'cpu':
+        return torch.tensor(values, dtype=torch.float32)
+    return torch.stack(values)
 
 
 def _huber(x):
@@ -27,7 +40,7 @@ def _huber(x):
 
 def sum_of_squares(tensors):
     """sum over all tensors of sum(x ** 2): 0-d float32 on their device. Reads 4 bytes an element (float32)."""
-    return torch.stack([_sum_of_squares(x) for x in tensors]).sum()
+    return _vector([_sum_of_squares(x) for x in tensors], tensors[0].device).sum()
 
 
 def regularizer(params, reg_function):
@@ -38,8 +51,8 @@ def regularizer(params, reg_function):
     Reads 4 bytes a parameter (float32).
     """
     if reg_function == 'l2':
-        values = [_sum_of_squares(theta) for theta in params]
-    elif reg_function == 'l1':
+        return _vector([_sum_of_squares(theta) for theta in params], params[0].device)
+    if reg_function == 'l1':
         values = [theta.float().abs().sum() for theta in params]
     elif reg_function == 'huber':
         values = [_huber(theta.float()) for theta in params]
@@ -56,8 +69,10 @@ def correct_(params, decay, reg_function):
     (theta - mean) / ((n - 1) std) (std). Reads and writes each parameter once: 8 bytes (float32).
     """
     for theta, d in zip(params, decay, strict=True):
-        if reg_function == 'l2':
+        if reg_function == 'l2' and theta.dtype == torch.float32:
             theta.mul_(1 - d)
+        elif reg_function == 'l2':
+            theta.copy_(theta.float() * (1 - d))  # an accelerator would round 1 - d to the tensor's own dtype first
         elif reg_function == 'l1':
             theta.sub_(d * theta.float().sign())
         elif reg_function == 'huber':
@@ -68,39 +83,57 @@ def correct_(params, decay, reg_function):
             theta.sub_(d * torch.where(std > 0, g, 0.0))  # all elements equal: nothing to pull together
 
 
-def adam_(params, grads, exp_avgs, exp_avg_sqs, steps, decay, *, lr, beta1, beta2, eps, grad_coef, skip):
+def adam_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, decay, *, lr, beta1, beta2, eps, grad_coef, skip, squares=None
+):  # fmt: skip
     """theta_j <- (1 - decay_j) * theta_j - lr * m_hat / (sqrt(v_hat) + eps) with grad_coef * grad for the gradient.
 
-    steps, decay: (len(params),) float32, the 1-based step of each tensor and its d_j (design: one scalar a tensor makes
-    it AdamW, AdamCPR or AdamWN). lr: a number or a 0-d tensor. grad_coef: 0-d float32, clipping and unscaling in one;
-    the gradients themselves are not written. skip: 0-d float32, 1.0 leaves everything as it is (decay must then be 0).
-    Reads theta, g, m, v and writes theta, m, v once: 28 bytes a parameter (float32).
+    params, grads, exp_avgs, exp_avg_sqs: lists of tensors. steps, decay: (len(params),) float32, the 1-based step of
+    each tensor and its d_j. lr: a number or a 0-d tensor. grad_coef: 0-d float32, clipping and unscaling in one; the
+    gradients themselves are not written. skip: 0-d float32, 1.0 leaves everything as it is (decay must then be 0).
+    squares: (len(params),) float32, receives sum(theta_j ** 2) of what was written.
+    Reads theta, g, m, v and writes theta, m, v once: 28 bytes a parameter (float32); squares costs none on the CPU.
     """
     on_cpu = steps.is_cpu
     if on_cpu:
         if skip:
             return
         lr, grad_coef, decay = float(lr), float(grad_coef), decay.tolist()
+    steps = steps.unbind()
+    scale = not on_cpu or grad_coef != 1
+    scaled = torch.empty(PIECE if on_cpu and scale else 0)
+    sums = [0.0] * len(params)
+    small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (theta, g, m, v, step) of each
+
+    def update(thetas, gs, exp_avgs, exp_avg_sqs, steps, weight_decay):
+        torch._fused_adamw_(
+            thetas, gs, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+            eps=eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=None if on_cpu else skip,
+        )  # fmt: skip
+
     for j, (theta, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if theta.numel() == 0:
-            continue
-        tensors = (theta, exp_avg, exp_avg_sq)
-        work = [x.float().contiguous() for x in tensors]  # themselves where they are that already
-        flat = [x.view(-1) for x in (work[0], grad.float().contiguous(), *work[1:])]
+        tensors = (theta, grad, exp_avg, exp_avg_sq)
+        work = [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in tensors]
         weight_decay = 0.0
         if on_cpu and lr != 0:
             weight_decay = decay[j] / lr  # fused Adam multiplies theta by 1 - lr * weight_decay in the same pass
         else:
             work[0].mul_(1 - decay[j])
-        piece = PIECE if on_cpu and grad_coef != 1 else theta.numel()
-        for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(x.split(piece) for x in flat), strict=True):
-            if not on_cpu or grad_coef != 1:
-                grad_ = grad_ * grad_coef
-            torch._fused_adamw_(
-                [theta_], [grad_], [exp_avg_], [exp_avg_sq_], [], [steps[j]], lr=lr, beta1=beta1, beta2=beta2,
-                weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, grad_scale=None,
-                found_inf=None if on_cpu else skip,
-            )  # fmt: skip
+        if squares is None and work[0] is theta and theta.numel() <= SMALL:
+            small.setdefault(weight_decay, []).append((*work, steps[j]))
+            continue
+        piece = PIECE if on_cpu else max(theta.numel(), 1)
+        for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(x.view(-1).split(piece) for x in work), strict=True):
+            if scale:
+                grad_ = torch.mul(grad_, grad_coef, out=scaled[: grad_.numel()] if on_cpu else None)
+            update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [steps[j]], weight_decay)
+            if squares is not None and on_cpu:
+                sums[j] += _dot(theta_.to(theta.dtype))
         for x, y in zip(tensors, work, strict=True):
-            if y is not x:
+            if x is not y and x is not grad:
                 x.copy_(y)
+    for weight_decay, batch in small.items():
+        thetas, gs, *rest = zip(*batch, strict=True)
+        update(thetas, torch._foreach_mul(gs, grad_coef) if scale else gs, *rest, weight_decay)
+    if squares is not None:
+        squares.copy_(_vector(sums, squares.device) if on_cpu else regularizer(params, 'l2'))
