@@ -1,0 +1,122 @@
+"""The passes of kernels/plain.py, above all the branch that an accelerator takes, which here runs on the CPU."""
+
+import pytest
+import torch
+
+from cpr import AdamCPR, AdamW, AdamWN
+from kernels import plain
+
+SHAPES = [(1,), (7,), (33, 65), (1, 1), (257, 129), (0, 3)]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is not on the CPU: what asks takes the accelerator's branch."""
+
+    is_cpu = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def tensors(dtype=torch.float32):
+    return [torch.randn(shape).to(dtype) for shape in SHAPES]
+
+
+def run_adam(steps, params, grads, exp_avgs, exp_avg_sqs, coef, skip, lr=1e-2):
+    decay = torch.linspace(0.0, 0.5, len(params)) * (0 if skip else 1)
+    squares = torch.zeros(len(params))
+    plain.adam_(params, grads, exp_avgs, exp_avg_sqs, steps, decay, lr=lr, beta1=0.9, beta2=0.95, eps=1e-8,
+                grad_coef=torch.tensor(coef), skip=torch.tensor(skip), squares=squares)  # fmt: skip
+    return squares
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('coef', [1.0, 0.3])
+@pytest.mark.parametrize('lr', [1e-2, 0.0])
+def test_the_branch_for_accelerators_computes_what_the_cpus_does(dtype, coef, lr):
+    torch.manual_seed(0)
+    params, grads = tensors(dtype), tensors(dtype)
+    exp_avgs, exp_avg_sqs = tensors(), [x.square() for x in tensors()]
+    ours = [[x.clone() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs)]
+    theirs = [[x.clone() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs)]
+    steps = torch.arange(1.0, len(params) + 1)
+    a = run_adam(steps, *ours, coef, 0.0, lr)
+    b = run_adam(steps.as_subclass(OnDevice), *theirs, coef, 0.0, lr)
+    for xs, ys in zip(ours, theirs, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(a, torch.as_tensor(b).as_subclass(torch.Tensor), rtol=1e-2, atol=1e-6)
+    assert all(torch.equal(x, y) for x, y in zip(theirs[1], grads, strict=True)), 'gradients are not to be written'
+
+
+@pytest.mark.parametrize('device', [torch.Tensor, OnDevice])
+def test_a_skipped_pass_changes_nothing(device):
+    torch.manual_seed(0)
+    before = [tensors(), [torch.full(s, float('nan')) for s in SHAPES], tensors(), [x.square() for x in tensors()]]
+    after = [[x.clone() for x in xs] for xs in before]
+    run_adam(torch.ones(len(SHAPES)).as_subclass(device), *after, 0.5, 1.0)
+    for i in (0, 2, 3):
+        assert all(torch.equal(x, y) for x, y in zip(before[i], after[i], strict=True))
+
+
+def test_squares_are_those_of_what_was_written_to_the_last_bit():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        params = [torch.randn(n).to(dtype) for n in (1, 4096, plain.PIECE, plain.PIECE + 1, 3 * plain.PIECE - 5)]
+        moments = [[torch.rand(p.shape) for p in params] for _ in range(2)]
+        squares = run_adam(torch.ones(5), params, [torch.randn(p.shape) for p in params], *moments, 0.7, 0.0)
+        assert torch.equal(squares, plain.regularizer(params, 'l2'))
+        exact = torch.stack([p.double().square().sum() for p in params])
+        torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_sum_over_many_elements_keeps_its_digits():
+    x = torch.rand(20_000_001)
+    assert plain.sum_of_squares([x]).item() == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('make', [
+    lambda params, **kw: AdamW(params, weight_decay=0.1, **kw),
+    lambda params, **kw: AdamCPR(params, kappa_init_method='dependent', kappa_init_param=0.8, **kw),
+    lambda params, **kw: AdamCPR(params, reg_step_size=2, order='after', **kw),
+    lambda params, **kw: AdamWN(params, ratio=1.5, **kw),
+    lambda params, **kw: AdamWN(params, ratio=1.5, order='before', scope='global', **kw),
+])  # fmt: skip
+def test_an_optimizer_that_decides_on_the_device_takes_the_same_steps(make, monkeypatch):
+    """Steps with and without a finite gradient, with every decision left in tensors as on an accelerator."""
+    runs = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (7,), (33, 65))]
+        opt = make(params, lr=1e-2, max_grad_norm=1.0)
+        if on_device:  # proceed.is_cpu is what the host is asked by
+            measure = opt._measure_gradients
+            monkeypatch.setattr(opt, '_measure_gradients', lambda t, m=measure: [x.as_subclass(OnDevice) for x in m(t)])
+        for i in range(12):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            if i in (3, 7):
+                params[1].grad[0] = float('inf')
+            opt.step()
+        assert opt.skipped_steps == 2
+        state = [{k: v.clone() for k, v in opt.state[p].items()} for p in params]
+        runs.append(([p.detach().clone() for p in params], state))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        for k in a:
+            torch.testing.assert_close(a[k], b[k].as_subclass(torch.Tensor), rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_kappa_ip_does_not_fire_where_the_last_digit_of_a_float32_changes_its_size():
+    # A straight R so slow that the average moves by less than float32 resolves: past a power of two, where the last
+    # digit doubles, an average without its rounding error would stand still for more than a thousand steps.
+    theta = torch.nn.Parameter(torch.ones(1, 1))
+    theta.grad = torch.zeros(1, 1)
+    opt = AdamCPR([theta], lr=0.0, reg_step_size=200, reg_ema_decay=0.999)
+    for t in range(7000):
+        with torch.no_grad():
+            theta.fill_((4 + 1e-7 * (t - 5000)) ** 0.5)
+        opt.step()
+    assert not opt.state[theta]['kappa_set']
