@@ -22,11 +22,11 @@ n_embd = 128
 learning_rate = 4e-3  # a small model can take a high one
 min_lr = 4e-4
 warmup_iters = 100
-max_iters = 1500
+max_iters = 1000
 lr_decay_iters = max_iters
 beta2 = 0.99  # few tokens an iteration: average the squares over more of them
 
-eval_interval = 250
+eval_interval = 200
 eval_iters = 40
 log_interval = 25
 norm_log_interval = 25

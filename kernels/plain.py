@@ -11,7 +11,7 @@ import torch
 # next reads it.
 PIECE = 1 << 20
 # Elements that a float32 dot product sums in one go. It is good to 4e-7 of itself over these, and would lose 1e-4 over
-# the 38 million of GPT-2's embedding. Squares of half-precision numbers, short of digits, all round the same way: fewer.
+# the 38 million of GPT-2's embedding. Squares of half-precision numbers, short of digits, round the same way: fewer.
 SUMMED = 1 << 18
 SUMMED_HALF = 1 << 14
 SMALL = 1 << 12  # elements: the pass over so short a tensor takes less time than the call of it
