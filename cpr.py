@@ -38,13 +38,14 @@ class _Tensors:
 
     def __init__(self, optimizer, group, regularized, members):
         self.group, self.regularized = group, regularized
-        self.index = [i for i, _ in members]  # place in the group, for options given as one value a parameter
         self.params = [p for _, p in members]
         states = [optimizer._state_of(p, group, regularized) for p in self.params]
         self.states = list(zip(self.params, states, strict=True))
         self.exp_avgs = [s['exp_avg'] for s in states]
         self.exp_avg_sqs = [s['exp_avg_sq'] for s in states]
         self.device = self.params[0].device
+        # places in the group, for options given as one value a parameter
+        self.index = torch.tensor([i for i, _ in members], device=self.device)
         self.scalars = {}
         for name in ('step', *(optimizer._scalars if regularized else ())):
             self.scalars[name] = torch.stack([torch.as_tensor(s[name], device=self.device) for s in states])

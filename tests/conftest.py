@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.prepare import CharTokenizer, write_dataset
 
@@ -16,6 +17,15 @@ os.chdir(ROOT)  # the scripts are run from the checkout
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--compile=False',
         '--gradient_accumulation_steps=1', '--device=cpu', '--eval_iters=2', '--max_iters=8', '--eval_interval=4',
         '--learning_rate=1e-2', '--warmup_iters=2', '--lr_decay_iters=8', '--norm_log_interval=2']  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another over a handful of elements cost more than the tests themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Outcome:

@@ -31,15 +31,6 @@ every_variant = pytest.mark.parametrize('variant', VARIANTS)
 SHAPES = [(4, 3), (7,), (17, 9)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for one another over a handful of elements cost more than the tests themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(variant, params, **more):
     cls, options = VARIANTS[variant]
     return cls(params, **{'lr': 0.03, 'betas': (0.8, 0.95), **options, **more})

@@ -16,15 +16,6 @@ REG_FUNCTIONS = ['l2', 'l1', 'huber', 'std']
 ORDERS = ['before', 'after']
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for one another over a handful of elements cost more than the tests themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def clipping(grads, active):
     """A max_grad_norm that about two thirds of the steps exceed, or none. grads: a list of steps, each a list."""
     if not active:
