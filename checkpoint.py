@@ -41,6 +41,8 @@ def load(path, map_location='cpu'):
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         model = checkpoint['model']
         missing = {'model_args', 'iter_num', 'best_val_loss', 'config'} - checkpoint.keys()
+        for key in {'model', 'model_args', 'config'} & checkpoint.keys():
+            checkpoint[key].items()
     except Exception as e:  # what torch.load raises on a damaged file depends on where the damage is
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         fail(f'{path} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew')

@@ -62,10 +62,10 @@ def _run(path, settings):
     with open(path, encoding='utf-8') as f:
         try:
             exec(compile(f.read(), path, 'exec'), dict(settings), assigned)
-        except Exception as e:  # whatever the user's file raises
+        except (Exception, SystemExit) as e:  # whatever the user's file raises
             fail(f'config file {path} does not run: {type(e).__name__}: {e}')
     return {key: value for key, value in assigned.items()
-            if not key.startswith('_') and not isinstance(value, (types.ModuleType, types.FunctionType))}
+            if not key.startswith('_') and not isinstance(value, types.ModuleType) and not callable(value)}
 
 
 def _checked(key, value, settings, source):
@@ -80,10 +80,10 @@ def _checked(key, value, settings, source):
         if wanted is not str:
             try:
                 value = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pass  # not a literal: a string, which the check below refuses
     if wanted is float and type(value) is int:
-        value = float(value)
+        value = float(str(value))  # one too large becomes infinite, which check() refuses
     if type(value) is not wanted:
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}[wanted]
         fail(f'{key}={value!r} in {source}: {key} must be {kind}, like its default {settings[key]!r}')

@@ -193,6 +193,11 @@ class _NormAdam(Optimizer):
 
         def remember(_, state_dict):
             saved.update(state_dict['state'])
+            params = [p for group in self.param_groups for p in group['params']]
+            for i, p in zip((i for group in state_dict['param_groups'] for i in group['params']), params, strict=False):
+                for name in ('exp_avg', 'exp_avg_sq') if saved.get(i) else ():
+                    _require(name in saved[i] and saved[i][name].shape == p.shape,
+                             f'{name} of parameter {i} is missing or not of its shape {tuple(p.shape)}')
             groups = [{**{k: v for k, v in ours.items() if k != 'params'}, **theirs}
                       for ours, theirs in zip(self.param_groups, state_dict['param_groups'], strict=False)]
             if len(groups) == len(state_dict['param_groups']):

@@ -4,6 +4,8 @@
 'norms' (iter, ratio, tensors: {name: {norm, ratio, kappa, lagmul}}). plot.py reads nothing else.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -25,8 +27,11 @@ def read(out_dir):
         if not line.strip():
             continue
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError('not an object')
+            entries.append(entry)
+        except ValueError:
             if number == len(lines):  # a process killed while it wrote leaves half a line without its newline
                 break
             fail(f'{path} is damaged at line {number}; delete that line')
@@ -38,20 +43,35 @@ class RunLog:
 
     def __init__(self, out_dir, iter_num=0):
         self.path = os.path.join(out_dir, NAME)
+        self.lock = open(os.path.join(out_dir, '.lock'), 'w')  # held until this process ends, however it does
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f'another run is writing to {out_dir}; wait until it is done, or choose another --out_dir')
         kept = []
         if iter_num > 0 and os.path.exists(self.path):
             kept = [e for e in read(out_dir) if e.get('iter', -1) < iter_num]
         temporary = f'{self.path}.tmp'
-        with open(temporary, 'w', encoding='utf-8') as f:
-            f.writelines(_line(e) for e in kept)
-        os.replace(temporary, self.path)
+        try:
+            with open(temporary, 'w', encoding='utf-8') as f:
+                f.writelines(_line(e) for e in kept)
+            os.replace(temporary, self.path)
+        except OSError:
+            os.unlink(temporary)
+            raise
         self.file = open(self.path, 'ab', buffering=0)  # what is written is in the file, whatever comes next
 
     def write(self, kind, **entry):
         try:
-            self.file.write(_line({'kind': kind, **entry}).encode())
+            line = _line({'kind': kind, **entry}).encode()
+            if self.file.write(line) < len(line):  # the last of the room on the disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             fail(f'could not write {self.path} ({e.strerror}); make room, then go on with --init_from=auto')
+
+    def close(self):
+        self.file.close()
+        self.lock.close()
 
 
 def _line(entry):

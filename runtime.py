@@ -3,6 +3,7 @@
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 
@@ -41,7 +42,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 def fail(message):
     """Say on one line of standard error what the user got wrong and what to do, and leave with status 2."""
-    print('error: ' + ' '.join(str(message).split()), file=sys.stderr, flush=True)
+    print('error: ' + shorten(str(message), 600), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -77,6 +78,10 @@ def setup(device='auto', dtype='auto', seed=1337):
         reason = str(e).strip().splitlines()[0]
         fail(f"device='{device}' cannot be used here ({reason}); this machine has --device={here}")
     device_type = torch.device(device).type
+    if device_type not in ('cuda', 'mps', 'cpu'):
+        fail(f"device='{device}' is of a kind that is not supported; use cuda, mps or cpu")
+    if not 0 <= seed < 1 << 63:
+        fail(f'seed={seed} must be at least 0 and less than 2**63')
     if dtype == 'auto':
         dtype = 'float32'
         if device_type == 'cuda':

@@ -9,6 +9,7 @@ The settings are nanoGPT's, under its names and with its defaults, and those of 
 never had been.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -87,6 +88,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 where the
 compile = True  # torch.compile the model
 seed = 1337  # of the initial weights and of the batches
 # ----
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends it
 settings, given = configure(globals())
 check(settings, {
     '>= 1': 'eval_interval log_interval norm_log_interval gradient_accumulation_steps batch_size block_size n_layer '
@@ -97,28 +99,39 @@ check(settings, {
     'in [0, 1]': 'wn_rate',
     'one of adamw adamcpr adamwn': 'optimizer',
     'one of auto before after': 'order',
+    'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
+    'one of l2 l1 std huber': 'reg_function',
+    'one of tensor global': 'wn_scope',
 })  # fmt: skip
 if decay_lr and lr_decay_iters < warmup_iters:
     fail(f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False')
-if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+if os.environ.get('WORLD_SIZE', '1') not in ('', '1'):
     fail('train.py trains in one process; start it with python instead of torchrun')
 
 rt = setup(device, dtype, seed)
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'auto':
     init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+elif os.path.isfile(init_from) and os.path.exists(ckpt_path) and os.path.samefile(init_from, ckpt_path):
+    init_from = 'resume'
 resumed = None  # the checkpoint that this run continues
 if init_from == 'resume' or os.path.isfile(init_from):
     resumed = checkpoint.load(ckpt_path if init_from == 'resume' else init_from)
     for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
-        theirs = resumed['model_args'][key]
+        theirs = resumed['model_args'].get(key, settings[key])
         if key in given and settings[key] != theirs:
             fail(f'{key}={settings[key]} but the checkpoint has {key}={theirs}; leave {key} out or start from scratch')
         globals()[key] = settings[key] = theirs
-    optimizer_before = resumed['config'].get('optimizer', 'adamw')  # nanoGPT knows no other
-    if optimizer_before != optimizer and not switch_optimizer and not eval_only:
-        fail(f'the checkpoint was trained with {optimizer_before}, not {optimizer}: --switch_optimizer=True keeps the '
-             f"weights, Adam's moments and the iteration and sets up anew what {optimizer} adds")
+    before = {'optimizer': 'adamw', **resumed['config']}  # nanoGPT knows no other
+    of_state = ['optimizer'] + ['kappa_init_method', 'reg_function'] * (optimizer == 'adamcpr')
+    switched = [key for key in of_state if before.get(key, settings[key]) != settings[key]]
+    if switched and not switch_optimizer and not eval_only:
+        was, now = (', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings))
+        fail(f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the weights, '
+             f"Adam's moments and the iteration and sets up anew what {optimizer} adds")
+elif not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2') or '/' in init_from):
+    fail(f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path of a checkpoint or of a "
+         'folder with a GPT-2, or its name on the hub, OWNER/NAME')
 
 # ---- model and data
 try:
@@ -137,21 +150,24 @@ try:
         vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257 rounded up to a multiple of 64
         model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
                               n_embd=n_embd, dropout=dropout, bias=bias))  # fmt: skip
-except (ValueError, RuntimeError) as e:  # RuntimeError: weights that do not fit the model
+except (TypeError, ValueError, RuntimeError) as e:  # of model_args and weights that do not fit the model
     fail(e)
 model.to(rt.device)
-init_norms = (resumed or {}).get('init_norms') or weight_norms(model)
+init_norms = weight_norms(model)
+init_norms.update({k: v for k, v in (resumed or {}).get('init_norms', {}).items() if k in init_norms})
 init_norm = math.hypot(*init_norms.values())
 
 # ---- optimizer
 final_ratio = wn_ratio  # of AdamWN's targets: one number, or one for each tensor of the first parameter group
 if wn_from:
-    last = next((e for e in reversed(runlog.read(wn_from)) if e['kind'] == 'norms'), None)
+    last = next((e for e in reversed(runlog.read(wn_from)) if e.get('kind') == 'norms'), None)
     if last is None:
         fail(f'the run in {wn_from} recorded no norms; train it again with --norm_log_interval=100')
     if last['tensors'].keys() != init_norms.keys():
         fail(f'the model of the run in {wn_from} has other tensors than this one; train both with the same n_layer')
     ratios = [last['tensors'][name]['ratio'] for name in init_norms]
+    if None in (last['ratio'], *ratios):
+        fail(f'the norms that the run in {wn_from} ended with are not all finite numbers; take another run')
     final_ratio = last['ratio'] if wn_scope == 'global' else torch.tensor(ratios, device=rt.device)
 try:
     common = dict(lr=learning_rate, betas=(beta1, beta2), max_grad_norm=grad_clip, impl=impl)
@@ -171,14 +187,20 @@ except ValueError as e:
 scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
 iter_num, best_val_loss = 0, math.inf
 if resumed:
-    iter_num, best_val_loss = resumed['iter_num'], float(resumed['best_val_loss'])
-    state = resumed['optimizer']['state']
-    if optimizer_before != optimizer:
-        state = {i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()}
-    # the tensors' state is the checkpoint's, the options are this run's
-    opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
-    scaler.load_state_dict(resumed.get('scaler', {}) if scaler.is_enabled() else {})
-    resumed = state = None  # frees a copy of the weights and the moments
+    iter_num, best_val_loss = int(resumed['iter_num']), float(resumed['best_val_loss'])
+if resumed and not eval_only:
+    try:
+        state = resumed['optimizer']['state']
+        if switched:
+            state = {i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()}
+        # the tensors' state is the checkpoint's, the options are this run's
+        opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+    except (KeyError, TypeError, ValueError) as e:
+        fail(f'the checkpoint has no optimizer state of this model ({e}); start from scratch, or only sample from it')
+    opt.skipped_steps.fill_(resumed.get('skipped_steps', 0))
+    if scaler.is_enabled() and resumed.get('scaler'):  # a run in another dtype has none
+        scaler.load_state_dict(resumed['scaler'])
+resumed = state = None  # frees a copy of the weights and the moments
 
 
 def learning_rate_at(iteration):
@@ -239,7 +261,7 @@ def save():
         checkpoint.save(ckpt_path, {
             'model': model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
             'model_args': model.config.model_args(), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-            'config': settings, 'init_norms': init_norms,
+            'config': settings, 'init_norms': init_norms, 'skipped_steps': opt.skipped_steps.item(),
         })  # fmt: skip
     except OSError as e:
         fail(f'could not write {ckpt_path} ({e}); the checkpoint before it, if any, is whole: make room, then go on '
@@ -256,15 +278,13 @@ if iter_num >= max_iters > 0:
     print(f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train')
     sys.exit()
 
-try:
-    os.makedirs(out_dir, exist_ok=True)
-    log = runlog.RunLog(out_dir, iter_num)
-except OSError as e:
-    fail(f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH")
 if wandb_log:
-    import wandb
+    try:
+        import wandb
 
-    wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
+    except Exception as e:  # not installed, not logged in, no network
+        fail(f'wandb does not start ({e}); pip install wandb and run wandb login, or set WANDB_MODE=offline')
 
 stopped_by = None
 
@@ -278,6 +298,14 @@ def stop(signum, _):
 
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    # a checkpoint from elsewhere has its history elsewhere
+    log = runlog.RunLog(out_dir, iter_num if init_from == 'resume' else 0)
+    if init_from != 'resume' and os.path.exists(ckpt_path):
+        os.replace(ckpt_path, f'{ckpt_path}.old')  # init_from='auto' is not to take it for this run's
+except OSError as e:
+    fail(f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH")
 
 sequences = batch_size * gradient_accumulation_steps
 parameters = model.get_num_params()
@@ -294,6 +322,7 @@ def micro_batch(i):
 
 
 batches = prefetch(micro_batch, iter_num * gradient_accumulation_steps)
+atexit.register(batches.close)  # its thread ends before the interpreter does, however the run ends
 model.train()
 timed_from, timed_iter = time.perf_counter(), iter_num
 while True:
@@ -323,7 +352,7 @@ while True:
     if optimizer == 'adamwn':
         opt.param_groups[0]['ratio'] = wn_ratio_at(iter_num)
     if dropout > 0:  # so that a resumed run drops what an undisturbed one does
-        torch.manual_seed(seed + iter_num)
+        torch.manual_seed((seed + iter_num) % (1 << 63))
     loss_sum = 0.0
     for _ in range(gradient_accumulation_steps):
         x, y = next(batches)
@@ -349,12 +378,13 @@ while True:
               f'{tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else ''), flush=True)  # fmt: skip
         timed_from, timed_iter = time.perf_counter(), iter_num + 1
     iter_num += 1
-    if stopped_by:
+    if stopped_by and iter_num < max_iters:  # after the last iteration only the last evaluation is left
         save()
         print(f'stopped by {signal.Signals(stopped_by).name} after iteration {iter_num - 1}: wrote {ckpt_path}; '
               'go on with --init_from=auto', flush=True)  # fmt: skip
         break
 
 batches.close()
-if stopped_by:
+log.close()
+if not finished:
     sys.exit(128 + stopped_by)

@@ -48,8 +48,8 @@ def test_all_settings_and_those_given_are_returned(settings):
 
 
 def test_a_config_file_may_import_compute_and_use_settings(settings):
-    path = config("import time\n_twice = 2\nbatch_size = _twice * batch_size\nlearning_rate = batch_size / 10\n"
-                  "out_dir = 'run-' + str(len(time.asctime()))")  # fmt: skip
+    path = config("import time\nfrom math import sqrt\n_two = int(sqrt(4))\nbatch_size = _two * batch_size\n"
+                  "learning_rate = batch_size / 10\nout_dir = 'run-' + str(len(time.asctime()))")  # fmt: skip
     configure(settings, [path])
     assert (settings['batch_size'], settings['learning_rate'], settings['out_dir']) == (24, 2.4, 'run-24')
 
@@ -95,6 +95,7 @@ def test_a_mistake_on_the_command_line_is_one_error_line_and_status_2(settings, 
     ('batch_size = [1]', 'must be a whole number'),
     ('out_dir = 3', 'must be a string'),
     ('batch_size = 1 / 0', 'ZeroDivisionError'),
+    ('raise SystemExit', 'SystemExit'),
     ('batch_size = ', 'SyntaxError'),
 ])  # fmt: skip
 def test_a_mistake_in_a_config_file_is_one_error_line_that_names_it(settings, capsys, text, says):

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY
 
 import checkpoint
 import runlog
+from cpr import AdamW
 from model import GPT, GPTConfig
 
 
@@ -332,8 +333,75 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset)
     assert process.returncode == 2 and 'could not write' in err and 'the checkpoint before it' in err
     assert [line for line in err.splitlines() if line.startswith('error: ')] == err.splitlines()
     assert (out / 'ckpt.pt').read_bytes() == before
-    assert sorted(p.name for p in out.iterdir()) == ['ckpt.pt', 'log.jsonl']
+    assert sorted(p.name for p in out.iterdir()) == ['.lock', 'ckpt.pt', 'log.jsonl']
     assert start(out, dataset, '--init_from=resume', '--max_iters=12').wait(timeout=60) == 0
+
+
+def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
+    whole = entries(tmp_path / 'out', 'eval') if train().status == 0 else None
+    step = AdamW.step
+
+    def step_and_signal(self, *args):
+        result = step(self, *args)
+        if self.state[self.param_groups[0]['params'][0]]['step'] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(AdamW, 'step', step_and_signal)
+    assert train(out='stopped').status == 0
+    assert entries(tmp_path / 'stopped', 'eval') == whole
+
+
+def test_a_new_run_in_an_old_out_dir_is_not_taken_for_the_old_one(train, tmp_path):
+    train()
+    old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    train('--max_iters=2', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0')  # leaves none
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+    assert (tmp_path / 'out' / 'ckpt.pt.old').read_bytes() == old
+    assert 'from scratch at iteration 0' in train('--init_from=auto').out
+
+
+def test_a_run_that_continues_a_checkpoint_from_elsewhere_logs_only_its_own(train, tmp_path):
+    train()
+    train('--seed=5', out='other')
+    train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--max_iters=10', out='other')
+    assert list(losses(tmp_path / 'other')) == [8, 9]
+    train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--max_iters=10')  # its own checkpoint: as 'resume'
+    assert list(losses(tmp_path / 'out')) == list(range(10))
+
+
+def test_a_run_resumes_in_another_dtype(train, tmp_path):
+    train()
+    for i, dtype in enumerate(('float16', 'float32'), 1):
+        assert train('--init_from=resume', f'--dtype={dtype}', f'--max_iters={8 + 2 * i}').status == 0
+    assert list(losses(tmp_path / 'out')) == list(range(12))
+
+
+def test_skipped_steps_are_counted_over_a_resume(train, tmp_path, monkeypatch):
+    measure = AdamW._measure_gradients
+
+    def once_not_finite(self, tensors):
+        if self.state[tensors[0].params[0]]['step'] == 3 and self.skipped_steps == 0:
+            tensors[0].params[0].grad[0] = float('inf')
+        return measure(self, tensors)
+
+    monkeypatch.setattr(AdamW, '_measure_gradients', once_not_finite)
+    train()
+    train('--init_from=resume', '--max_iters=10')
+    assert [e['skipped_steps'] for e in entries(tmp_path / 'out', 'train')] == [0, 0, 0] + [1] * 7
+    assert entries(tmp_path / 'out', 'train')[3]['grad_norm'] is None  # not finite: no number in JSON
+
+
+def test_two_runs_cannot_write_to_one_out_dir(train, tmp_path, dataset):
+    process = start(tmp_path / 'out', dataset, '--max_iters=100000', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('iter 2:'):
+            break
+    bad(train(), 'another run is writing to')
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert max(losses(tmp_path / 'out')) >= 2
 
 
 # -- what a user gets wrong
@@ -378,6 +446,12 @@ def bad(outcome, *says):
     ('--lr_decay_iters=1', 'warmup_iters'),
     ('--init_from=resume', 'there is no checkpoint at'),
     ('--init_from=nowhere/ckpt.pt', 'nowhere/ckpt.pt'),
+    ('--init_from=resme', "'resume'"),
+    ('--seed=99999999999999999999', 'less than 2**63'),
+    ('--learning_rate=' + '1' * 400, 'finite'),
+    ('--device=meta', 'not supported'),
+    ('--max_iters={[]}', 'whole number'),
+    ('--wn_scope=all', 'one of tensor global'),
     ('--wn_from=nowhere', 'log.jsonl'),
 ])  # fmt: skip
 def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(train, tmp_path, argument, says, monkeypatch):
@@ -391,6 +465,7 @@ def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(train, tmp_
 @pytest.mark.parametrize('arguments, says', [
     (('--kappa_init_method=warm_start', '--kappa_init_param=0'), 'kappa_init_param=0.0 must be > 0'),
     (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
+    (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole number of steps'),
     (('--kappa_init_method=sometimes',), 'inflection_point'),
     (('--reg_function=l3',), 'huber'),
     (('--reg_step_size=0',), '>= 1'),
@@ -454,6 +529,42 @@ def test_wn_from_a_run_without_norms_ends_with_one_error_line(train, tmp_path):
     bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "old"}'), 'recorded no norms')
     train('--n_layer=1')
     bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "out"}', out='wn'), 'n_layer')
+
+
+@pytest.mark.parametrize('edit, says', [
+    (lambda c: c.pop('optimizer'), 'optimizer'),
+    (lambda c: c['optimizer']['state'][0].pop('exp_avg'), 'exp_avg of parameter 0'),
+    (lambda c: c['optimizer']['state'][1].update(exp_avg_sq=torch.zeros(3)), 'exp_avg_sq of parameter 1'),
+    (lambda c: c['model_args'].update(unknown=1), 'unknown'),
+    (lambda c: c.update(config=None), 'ckpt.pt'),
+    (lambda c: c.update(model=None), 'ckpt.pt'),
+    (lambda c: c['model'].pop('transformer.wpe.weight'), 'wpe'),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit_ends_with_one_error_line(train, tmp_path, edit, says):
+    train()
+    path = tmp_path / 'out' / 'ckpt.pt'
+    saved = torch.load(path, weights_only=True)
+    edit(saved)
+    torch.save(saved, path)
+    before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    bad(train('--init_from=resume', '--max_iters=12'), says)
+    assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before
+
+
+def test_resuming_adamcpr_with_another_kind_of_bound_asks_for_the_flag(train, tmp_path):
+    train('--optimizer=adamcpr')
+    other = ('--optimizer=adamcpr', '--kappa_init_method=dependent', '--kappa_init_param=0.5', '--max_iters=12')
+    bad(train('--init_from=resume', *other), 'kappa_init_method=inflection_point', '--switch_optimizer=True')
+    assert train('--init_from=resume', '--switch_optimizer=True', *other).status == 0
+    assert entries(tmp_path / 'out', 'norms')[-1]['tensors']['transformer.h.0.mlp.c_fc.weight']['kappa'] > 0
+
+
+def test_wandb_that_does_not_start_ends_with_one_error_line_and_leaves_the_log(train, tmp_path, monkeypatch):
+    train()
+    before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not installed
+    bad(train('--wandb_log=True'), 'wandb')
+    assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before
 
 
 def test_torchrun_with_several_processes_is_refused(train, monkeypatch):
