@@ -8,18 +8,17 @@ On the CPU, where reading a number costs nothing, those become Python numbers an
 import torch
 
 # Elements of a tensor that are worked on at a time on the CPU: what one operation wrote is still in the cache when the
-# next reads it.
-PIECE = 1 << 20
-# Elements that a float32 dot product sums in one go. It is good to 4e-7 of itself over these, and would lose 1e-4 over
-# the 38 million of GPT-2's embedding. Squares of half-precision numbers, short of digits, round the same way: fewer.
-SUMMED = 1 << 18
-SUMMED_HALF = 1 << 14
+# next reads it, and a float32 dot product is good to 4e-7 of itself (over the 38 million elements of GPT-2's embedding
+# it would lose 1e-4). Squares of half-precision numbers, short of digits, all round the same way: fewer of them.
+PIECE = 1 << 18
+PIECE_HALF = 1 << 14
 SMALL = 1 << 12  # elements: the pass over so short a tensor takes less time than the call of it
 
 
 def _dot(piece):
-    parts = piece.float().split(SUMMED if piece.dtype == torch.float32 else SUMMED_HALF)
-    return sum(torch.dot(part, part).item() for part in parts)
+    if piece.dtype == torch.float32:
+        return torch.dot(piece, piece).item()
+    return sum(torch.dot(part, part).item() for part in piece.float().split(PIECE_HALF))
 
 
 def _sum_of_squares(x):
@@ -106,7 +105,7 @@ def adam_(
         lr, grad_coef, decay = float(lr), float(grad_coef), decay.tolist()
     steps = steps.unbind()
     scale = not on_cpu or grad_coef != 1
-    scaled = torch.empty(PIECE if on_cpu and scale else 0)
+    scaled = torch.empty(PIECE) if on_cpu and scale else None
     sums = [0.0] * len(params)
     small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (theta, g, m, v, step) of each
 
@@ -130,10 +129,11 @@ def adam_(
         piece = PIECE if on_cpu else max(theta.numel(), 1)
         for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(x.view(-1).split(piece) for x in work), strict=True):
             if scale:
-                grad_ = torch.mul(grad_, grad_coef, out=scaled[: grad_.numel()] if on_cpu else None)
+                out = scaled if grad_.numel() == PIECE or not on_cpu else scaled[: grad_.numel()]
+                grad_ = torch.mul(grad_, grad_coef, out=out)
             update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [steps[j]], weight_decay)
             if squares is not None and on_cpu:
-                sums[j] += _dot(theta_.to(theta.dtype))
+                sums[j] += _dot(theta_ if work[0] is theta else theta_.to(theta.dtype))
         for x, y in zip(tensors, work, strict=True):
             if x is not y and x is not grad:
                 x.copy_(y)
