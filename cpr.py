@@ -280,7 +280,8 @@ class _NormAdam(Optimizer):
         if getattr(self, 'found_inf', None) is not None:
             proceed = self.found_inf.to(device) == 0
         if self.max_grad_norm is not None:
-            squares = [plain.sum_of_squares([p.grad for p in t.params]).to(device) for t in tensors]
+            # backwards, because the pass that comes next starts with the first: their gradients are still in the cache
+            squares = [plain.sum_of_squares([p.grad for p in reversed(t.params)]).to(device) for t in reversed(tensors)]
             self.grad_norm = torch.stack(squares).sum().sqrt() * coef
             proceed = proceed & self.grad_norm.isfinite()
             if self.max_grad_norm > 0:
