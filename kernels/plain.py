@@ -118,12 +118,13 @@ def adam_(
     for j, (theta, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         tensors = (theta, grad, exp_avg, exp_avg_sq)
         work = [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in tensors]
+        copied = [(x, y) for x, y in zip(tensors, work, strict=True) if x is not y and x is not grad]
         weight_decay = 0.0
         if on_cpu and lr != 0:
             weight_decay = decay[j] / lr  # fused Adam multiplies theta by 1 - lr * weight_decay in the same pass
         else:
             work[0].mul_(1 - decay[j])
-        if squares is None and work[0] is theta and theta.numel() <= SMALL:
+        if squares is None and not copied and theta.numel() <= SMALL:
             small.setdefault(weight_decay, []).append((*work, steps[j]))
             continue
         piece = PIECE if on_cpu else max(theta.numel(), 1)
@@ -134,9 +135,8 @@ def adam_(
             update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [steps[j]], weight_decay)
             if squares is not None and on_cpu:
                 sums[j] += _dot(theta_ if work[0] is theta else theta_.to(theta.dtype))
-        for x, y in zip(tensors, work, strict=True):
-            if x is not y and x is not grad:
-                x.copy_(y)
+        for x, y in copied:
+            x.copy_(y)
     for weight_decay, batch in small.items():
         thetas, gs, *rest = zip(*batch, strict=True)
         update(thetas, torch._foreach_mul(gs, grad_coef) if scale else gs, *rest, weight_decay)

@@ -60,6 +60,20 @@ def test_a_skipped_pass_changes_nothing(device):
         assert all(torch.equal(x, y) for x, y in zip(before[i], after[i], strict=True))
 
 
+@pytest.mark.parametrize('size', [8, 100])  # below and above what shares a call with others
+def test_moments_of_any_strides_and_precision_are_updated(size):
+    torch.manual_seed(0)
+    theta, grad, exp_avg, exp_avg_sq = (torch.rand(size, size) for _ in range(4))
+    plain_ones = [[x.clone()] for x in (theta, grad, exp_avg, exp_avg_sq)]
+    odd_ones = [[theta.clone()], [grad.clone()], [exp_avg.t().clone().t()], [exp_avg_sq.bfloat16()]]
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, grad_coef=torch.tensor(0.5), skip=torch.tensor(0.0))
+    for tensors_ in (plain_ones, odd_ones):
+        plain.adam_(*tensors_, torch.ones(1), torch.zeros(1), **options)
+    assert torch.equal(plain_ones[2][0], odd_ones[2][0]) and not torch.equal(odd_ones[2][0], exp_avg)
+    torch.testing.assert_close(plain_ones[3][0], odd_ones[3][0].float(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(plain_ones[0][0], odd_ones[0][0], rtol=1e-2, atol=1e-3)
+
+
 def test_squares_are_those_of_what_was_written_to_the_last_bit():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
