@@ -33,12 +33,12 @@ def save(path, checkpoint):
         os.close(directory)
 
 
-def load(path, map_location='cpu'):
+def load(path):
     """The dict that save() wrote, or nanoGPT. Fails where there is none or it is damaged."""
     if not os.path.isfile(path):
         fail(f'there is no checkpoint at {path}; train one first, or use --init_from=auto to start where there is none')
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         model = checkpoint['model']
         missing = {'model_args', 'iter_num', 'best_val_loss', 'config'} - checkpoint.keys()
         for key in {'model', 'model_args', 'config'} & checkpoint.keys():
