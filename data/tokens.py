@@ -1,6 +1,8 @@
 """Reading a prepared data set: batches that follow from the seed and their number alone, made ahead of their use."""
 
+import io
 import json
+import pickle
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -18,7 +20,8 @@ CHECKED_AT_OPEN = 1 << 26  # tokens of each split: 128 MB
 class TokenData:
     """The two splits of the data set in `folder`, mapped into memory, and `meta`, what its meta.json says.
 
-    meta is None where there is no meta.json: the tokens are then GPT-2's, as nanoGPT's OpenWebText has them.
+    meta is None where there is neither meta.json nor nanoGPT's meta.pkl: the tokens are then GPT-2's, as nanoGPT's
+    OpenWebText has them.
     block_size: tokens in a sequence; batch() and sequential() need it.
     vocab_size: how many ids the model knows; where it is not said, the data set's own number counts.
     Fails where the data set is not prepared, damaged, shorter than block_size + 1 tokens, or has ids >= vocab_size.
@@ -32,14 +35,16 @@ class TokenData:
         if missing or unfinished:
             _fail_unprepared(self.folder)
         self.meta = read_meta(self.folder)
+        self.dtype = np.dtype((self.meta or {}).get('dtype', 'uint16')).newbyteorder('<')
         self.vocab_size = vocab_size or (self.meta or {}).get('vocab_size', 1 << 16)
         self.splits = {split: self._open(split) for split in SPLITS}
 
     def _open(self, split):
         path = self.folder / f'{split}.bin'
-        length, odd = divmod(path.stat().st_size, 2)
-        if odd:
-            fail(f'{path} has an odd number of bytes and is no list of 16-bit tokens; {_remedy(self.folder)}')
+        length, rest = divmod(path.stat().st_size, self.dtype.itemsize)
+        if rest:
+            odd = 'an odd number of' if self.dtype.itemsize == 2 else f'{path.stat().st_size}'
+            fail(f'{path} has {odd} bytes and is no list of {self.dtype.name} tokens; {_remedy(self.folder)}')
         needed = (self.block_size or 1) + 1
         if length < needed:
             fail(f'{path} has {length} tokens, a block of {needed - 1} needs {needed}; lower block_size or add text')
@@ -47,7 +52,7 @@ class TokenData:
         if length != expected:
             fail(f'{path} has {length} tokens where meta.json says {expected}; {_remedy(self.folder)}')
         try:
-            tokens = np.memmap(path, dtype='<u2', mode='r').view(np.ndarray)  # a plain array is cheaper to slice
+            tokens = np.memmap(path, dtype=self.dtype, mode='r').view(np.ndarray)  # a plain array is cheaper to slice
         except OSError as e:
             fail(f'cannot read {path} ({e.strerror or e})')
         self._check(split, tokens[:CHECKED_AT_OPEN])
@@ -98,32 +103,61 @@ class TokenData:
 
 
 def read_meta(folder):
-    """What folder/meta.json holds, a dict (data/prepare.py's write_dataset), or None where there is none."""
-    path = Path(folder) / 'meta.json'
-    if not path.exists():
+    """What folder/meta.json holds, a dict (data/prepare.py's write_dataset), or None where there is none.
+
+    Where nanoGPT's meta.pkl is there instead, the same dict for the characters that it holds.
+    """
+    readers = {'meta.json': json.loads, 'meta.pkl': _meta_of_nanogpt}
+    path = next((Path(folder) / name for name in readers if (Path(folder) / name).exists()), None)
+    if path is None:
         return None
     try:
-        meta = json.loads(path.read_bytes())
-        sound = meta['dtype'] == 'uint16' and meta['vocab_size'] > 0
+        meta = readers[path.name](path.read_bytes())
+        sound = meta['dtype'] in ('uint16', 'uint32') and meta['vocab_size'] > 0
         if meta['tokenizer'] == 'char':
             sound = sound and len(meta['itos']) == meta['vocab_size']
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
-        fail(f'{path} does not describe a data set of 16-bit tokens; {_remedy(Path(folder))}')
+        fail(f'{path} does not describe a data set of 16- or 32-bit tokens; {_remedy(Path(folder))}')
     return meta
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes the containers, numbers and strings of Python and nothing else: a pickle may name any function to call."""
+
+    def find_class(self, module, name):
+        raise ValueError(f'names {module}.{name}')
+
+
+def _meta_of_nanogpt(pickled):
+    """meta.json's dict for the meta.pkl of a character-level data set: {'vocab_size', 'itos': {id: character}, ...}."""
+    try:
+        meta = _PlainUnpickler(io.BytesIO(pickled)).load()
+    except Exception as e:  # bytes that are no pickle make the unpickler raise what they happen to lead to
+        raise ValueError(str(e)) from e
+    itos = [meta['itos'][i] for i in range(len(meta['itos']))]
+    if not all(isinstance(c, str) and len(c) == 1 for c in itos):
+        raise ValueError('itos is not made of characters')
+    return {'tokenizer': 'char', 'vocab_size': meta['vocab_size'], 'itos': itos, 'dtype': 'uint16'}
+
+
+def _holds_data_sets(folder):
+    """Whether this is data/ itself, whose prepare.py is no script."""
+    return folder.resolve() == Path(__file__).resolve().parent
+
+
 def _remedy(folder):
-    has_script = (folder / 'prepare.py').is_file()
+    has_script = (folder / 'prepare.py').is_file() and not _holds_data_sets(folder)
     return f'run: python {folder / "prepare.py"}' if has_script else f'prepare {folder} again'
 
 
 def _fail_unprepared(folder):
-    if folder.is_dir():
+    above = folder if _holds_data_sets(folder) else folder.parent
+    if folder.is_dir() and above != folder:
         fail(f'the data set {folder} is not prepared; {_remedy(folder)}')
-    others = {path.parent.name for name in ('prepare.py', 'train.bin') for path in folder.parent.glob(f'*/{name}')}
-    fail(f'there is no data set {folder}; those in {folder.parent}: {", ".join(sorted(others)) or "none"}')
+    others = {path.parent.name for name in ('prepare.py', 'train.bin') for path in above.glob(f'*/{name}')}
+    fail(f'there is no data set {folder}; those in {above}: {", ".join(sorted(others)) or "none"}')
 
 
 def prefetch(make, first, depth=2):

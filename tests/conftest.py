@@ -1,15 +1,20 @@
 """What the tests of the scripts share: running one as its user would, and a small data set to run it on."""
 
+import base64
 import os
 import runpy
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from data.prepare import CharTokenizer, write_dataset
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports triton: the kernels then run on the CPU
+
+from data.prepare import CharTokenizer, write_dataset  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the scripts are run from the checkout
@@ -28,6 +33,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope='session')
+def interpreter_rounds_to_bfloat16():
+    """As GPUs do: to nearest, ties to even. Triton's interpreter cuts off."""
+    if os.environ.get('TRITON_INTERPRET') != '1':
+        return
+    interpreter = pytest.importorskip('triton.runtime.interpreter')
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding):
+        if source.name == 'fp32' and target.name == 'bf16':
+            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+        return convert(data, source, target, rounding)
+
+    interpreter._convert_float = convert_float
+
+
 class Outcome:
     def __init__(self, status, out, err, names):
         self.status, self.out, self.err, self.names = status, out, err, names
@@ -38,7 +59,7 @@ def script(monkeypatch, capsys):
     """script('train.py', '--key=value', ...) runs it in this process, so that nothing has to be imported again."""
 
     def run(name, *arguments):
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         capsys.readouterr()
         status, names = 0, {}
@@ -61,6 +82,15 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data') / 'sums'
     sums = [f'{a}+{b}={a + b}\n' for a in range(50) for b in range(50)]
     tokenizer = CharTokenizer(sorted(set(''.join(sums))))
-    train, val = (tokenizer.encode_text(''.join(part)) for part in (sums[::7] + sums[1::7], sums[2::7]))
-    write_dataset(folder, train, val, {**tokenizer.meta, 'source': {}})
+    documents = {'train': [''.join(sums[::7] + sums[1::7])], 'val': [''.join(sums[2::7])]}
+    write_dataset(folder, documents, tokenizer, {})
     return folder
+
+
+@pytest.fixture(scope='session')
+def bpe_file(tmp_path_factory):
+    """In place of GPT-2's vocabulary, which needs a download, one as large: all bytes and 50,000 pairs of them."""
+    path = tmp_path_factory.mktemp('bpe') / 'gpt2.tiktoken'
+    tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
+    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % rank for rank, t in enumerate(tokens)))
+    return path

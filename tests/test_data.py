@@ -1,10 +1,12 @@
 """What users of data/ rely on: whole data sets or none, batches that are pure, and every mistake answered in a line."""
 
+import fcntl
 import gc
 import http.client
 import io
 import json
 import os
+import pickle
 import runpy
 import shutil
 import subprocess
@@ -18,10 +20,12 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import tiktoken
+import tiktoken.load
 import torch
 
 from data import tokens
-from data.prepare import CharTokenizer, GPT2Tokenizer, read_text, tokenizer, write_dataset
+from data.prepare import CharTokenizer, GPT2Tokenizer, hold, read_text, tokenizer, write_dataset
 from data.pystdlib_char.prepare import collect, prepare
 from data.tokens import TokenData, prefetch, read_meta, to_device
 
@@ -31,9 +35,21 @@ CHAR = CharTokenizer(['\n', ' ', 'a', 'b', 'é', '𝄞'])
 
 def write(folder, train, val=range(6), vocab_size=6):
     """A data set of the ids given, written as any other."""
-    meta = {'tokenizer': 'char', 'vocab_size': vocab_size, 'itos': [chr(i) for i in range(vocab_size)], 'source': {}}
-    write_dataset(folder, np.array(train), np.array(val), meta)
+    write_dataset(folder, {'train': [train], 'val': [val]}, Ids(vocab_size), {})
     return folder
+
+
+class Ids:
+    """A tokenizer whose texts are token ids already."""
+
+    end = None
+
+    def __init__(self, vocab_size):
+        itos = [chr(0x10000 + i) for i in range(vocab_size)]
+        self.meta = {'tokenizer': 'char', 'vocab_size': vocab_size, 'itos': itos}
+
+    def encode_text(self, ids):
+        return np.array(ids)
 
 
 @pytest.fixture
@@ -192,30 +208,35 @@ def test_char_tokenizer_names_the_character_that_it_does_not_know(character):
     assert repr(character) in str(e.value)
 
 
-class Bytes:
-    """Stands in for tiktoken's encoding, which needs a download: one token a byte."""
-
-    def encode_ordinary(self, text):
-        return list(text.encode())
-
-    def encode(self, text, allowed_special):
-        assert allowed_special == {'<|endoftext|>'}
-        head, *rest = text.split('<|endoftext|>')
-        return self.encode_ordinary(head) + [i for part in rest for i in [50256, *self.encode_ordinary(part)]]
-
-    def decode(self, ids):
-        assert max(ids) <= 50256  # as tiktoken, which raises KeyError
-        return b''.join(b'<|endoftext|>' if i == 50256 else bytes([i]) for i in ids).decode()
-
-
-@pytest.mark.parametrize('meta', [None, GPT2Tokenizer.meta])
-def test_gpt2_tokenizer_knows_the_end_of_a_document_in_prompts_and_skips_padding_ids(monkeypatch, meta):
-    monkeypatch.setattr('tiktoken.get_encoding', lambda name: {'gpt2': Bytes()}[name])
-    gpt2 = tokenizer(meta)
+def test_gpt2_tokenizer_knows_the_end_of_a_document_in_prompts_and_skips_padding_ids(bpe_file):
+    gpt2 = tokenizer(None, bpe_file=bpe_file)
     ids = gpt2.encode('aé<|endoftext|>b')
-    assert ids == [97, 195, 169, 50256, 98]
+    assert ids == [*gpt2.encode('aé'), 50256, 98]
     assert gpt2.decode(ids + [50257, 50303]) == 'aé<|endoftext|>b'
     assert 50256 not in gpt2.encode_text('a<|endoftext|>')  # in a data set it is text
+
+
+def test_the_grouped_pattern_cuts_as_tiktokens_own(bpe_file):
+    openai_public = pytest.importorskip('tiktoken_ext.openai_public')
+    theirs = regex_of(openai_public.r50k_pat_str, bpe_file)
+    ours = GPT2Tokenizer(bpe_file)
+    pieces = ["it's", " I'LL", '  ', ' ', '\n\n', '\n', '\t', 'é', '数', '12', '½', '...', '\x1c', '\u3000', "'s", 'a']
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        text = ''.join(pieces[i] for i in rng.integers(len(pieces), size=12))
+        assert ours.encode_text(text).tolist() == theirs.encode_ordinary(text), repr(text)
+
+
+def regex_of(pattern, bpe_file):
+    ranks = tiktoken.load.load_tiktoken_bpe(str(bpe_file))
+    return tiktoken.Encoding('theirs', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_a_vocabulary_that_is_not_gpt2s_is_named(bpe_file, tmp_path, fails):
+    (tmp_path / 'short').write_bytes(bpe_file.read_bytes()[:1000].rsplit(b'\n', 1)[0])
+    (tmp_path / 'prose').write_text('no vocabulary\n')
+    for name in ('short', 'prose', 'missing'):
+        assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(GPT2Tokenizer, tmp_path / name)
 
 
 def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, fails):
@@ -223,7 +244,8 @@ def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, f
         raise ConnectionError('no network')
 
     monkeypatch.setattr('tiktoken.get_encoding', get_encoding)
-    assert 'TIKTOKEN_CACHE_DIR' in fails(GPT2Tokenizer)
+    error = fails(GPT2Tokenizer)
+    assert 'TIKTOKEN_CACHE_DIR' in error and '--bpe_file' in error
 
 
 def test_an_unknown_tokenizer_is_named(fails):
@@ -239,23 +261,110 @@ def test_character_level_work_does_not_need_tiktoken(monkeypatch):
 # Writing
 
 
+FILES = ['meta.json', 'meta.pkl', 'train.bin', 'val.bin']
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_data_set_reads_as_it_was_written(tmp_path, capsys):
-    write_dataset(tmp_path, np.array([1, 2, 65535]), [0, 65534], {'tokenizer': 'x', 'vocab_size': 65536, 'source': {}})
+    ids = Ids(65536)
+    write_dataset(tmp_path, {'train': [[1, 2], [65535]], 'val': [[0, 65534]]}, ids, {'text': 'x'})
     assert 'train 3, val 2' in capsys.readouterr().out
     assert (tmp_path / 'train.bin').read_bytes() == b'\x01\x00\x02\x00\xff\xff'
     data = TokenData(tmp_path)
     assert data.splits['train'].tolist() == [1, 2, 65535] and data.splits['val'].tolist() == [0, 65534]
-    assert data.meta == {
-        'tokenizer': 'x', 'vocab_size': 65536, 'source': {}, 'dtype': 'uint16', 'train_tokens': 3, 'val_tokens': 2
-    }  # fmt: skip
-    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+    written = {'source': {'text': 'x'}, 'dtype': 'uint16', 'train_tokens': 3, 'val_tokens': 2}
+    assert data.meta == {**ids.meta, **written}
+    assert sorted(contents(tmp_path)) == FILES
 
 
-@pytest.mark.parametrize('written', range(3))
+def test_a_vocabulary_beyond_16_bits_is_written_and_read_in_32(tmp_path):
+    write(tmp_path, [1, 70000, 2, 3], [65536, 4], vocab_size=70001)
+    assert (tmp_path / 'val.bin').read_bytes() == b'\x00\x00\x01\x00\x04\x00\x00\x00'
+    data = TokenData(tmp_path, 1)
+    assert data.splits['train'].tolist() == [1, 70000, 2, 3] and data.meta['dtype'] == 'uint32'
+    assert data.batch('train', 1, 0, 50)[0].max() == 70000
+
+
+def test_nanogpt_finds_its_meta_pkl_and_no_older_one_stays(tmp_path, bpe_file):
+    write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
+    meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
+    assert ''.join(meta['itos'][meta['stoi'][c]] for c in 'ab é') == 'ab é' and meta['vocab_size'] == 6
+    write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, GPT2Tokenizer(bpe_file), {})
+    assert sorted(contents(tmp_path)) == ['gpt2.tiktoken', 'meta.json', 'train.bin', 'val.bin']
+    write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
+    assert sorted(contents(tmp_path)) == FILES
+
+
+def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.prepare.cores', lambda: 3)
+    documents = [[i] * (i % 7) for i in range(1000)]  # among them empty ones
+    write_dataset(tmp_path, {'train': documents, 'val': [[1, 1]]}, Ids(1000), {})
+    assert TokenData(tmp_path, None, 1000).splits['train'].tolist() == [i for ids in documents for i in ids]
+
+
+@pytest.mark.parametrize('moment', [1, 8, 20, 33])
+def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
+    """Killed while it asks for the documents of a task: most of those asked for before are not asked for again."""
+    monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
+    monkeypatch.setattr('data.prepare.cores', lambda: 1)
+    documents = {'train': [[i] for i in range(1000)], 'val': [[7]] * 40}  # 32 tasks and 2
+    ids, asked = Ids(1000), tmp_path / 'asked'
+
+    class Counted(list):
+        def __getitem__(self, part):
+            with open(asked, 'a') as f:
+                f.write(f'{part.start}\n')
+            if asked.read_text().count('\n') == moment:
+                time.sleep(0.2)  # what was made before is written meanwhile
+                os._exit(9)
+            return super().__getitem__(part)
+
+    def work():
+        counted = {split: Counted(texts) for split, texts in documents.items()}
+        write_dataset(tmp_path / 'out', counted, ids, {}, fingerprint='x')
+
+    if (child := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / 'out' / 'train.bin').exists()
+    work()
+    again = asked.read_text().count('\n') - moment
+    assert 34 - moment < again <= 34 - moment + 5  # up to four tasks are ahead of what is written
+    assert TokenData(tmp_path / 'out').splits['train'].tolist() == list(range(1000))
+    assert sorted(contents(tmp_path / 'out')) == FILES
+
+
+def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr('data.prepare.cores', lambda: 1)
+    monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
+
+    class Broken(list):
+        def __getitem__(self, part):
+            if part.start >= 64:
+                raise ValueError('row 64 has no text')
+            return super().__getitem__(part)
+
+    broken = {'train': Broken([[1]] * 100), 'val': [[1, 1]]}
+    assert 'row 64 has no text' in fails(write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a')
+    write_dataset(tmp_path, {'train': [[2]] * 100, 'val': [[2, 2]]}, Ids(5), {}, fingerprint='b')
+    assert set(TokenData(tmp_path, None, 5).splits['train'].tolist()) == {2}
+    assert sorted(contents(tmp_path)) == FILES
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, fails):
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert 'another process is preparing' in fails(write, tmp_path, range(6))
+    os.close(held)
+
+
+@pytest.mark.parametrize('written', range(6))
 def test_a_full_disk_leaves_the_data_set_that_was_there(tmp_path, monkeypatch, fails, written):
     write(tmp_path, range(6))
     before = contents(tmp_path)
@@ -271,16 +380,20 @@ def test_a_full_disk_leaves_the_data_set_that_was_there(tmp_path, monkeypatch, f
 
 
 @pytest.mark.parametrize('old', [True, False])
-@pytest.mark.parametrize('moment', range(7))
+@pytest.mark.parametrize('moment', range(18))
 def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, old, moment):
     if old:
         write(tmp_path, [1] * 6, [2] * 6)
+    calls = []
     child = os.fork()
     if child == 0:  # dies, without any cleaning up, at the call number `moment` that changes the disk
-        calls = iter(range(10))
 
         def dying(call):
-            return lambda *args, **kwargs: os._exit(9) if next(calls) == moment else call(*args, **kwargs)
+            def wrapper(*args, **kwargs):
+                calls.append(call)
+                return os._exit(9) if len(calls) > moment else call(*args, **kwargs)
+
+            return wrapper
 
         try:
             os.fsync, os.replace, Path.unlink = dying(os.fsync), dying(os.replace), dying(Path.unlink)
@@ -289,24 +402,34 @@ def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, o
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
-    if old and moment <= 3:  # three files are flushed to the disk before the old meta.json goes
+    if (tmp_path / 'meta.json').exists():
         data = TokenData(tmp_path)
-        assert data.splits['train'].tolist() == [1] * 6 and data.splits['val'].tolist() == [2] * 6
+        whole = [data.splits[split].tolist() for split in ('train', 'val')]
+        assert whole in ([[[1] * 6, [2] * 6]] if old and moment < 14 else [[[3] * 9, [4] * 9]])
     else:
         assert 'is not prepared' in fails(TokenData, tmp_path)
+        assert not old or moment >= 10  # until everything new is on the disk, the old one stands
     write(tmp_path, [5] * 9)  # and preparing again mends it
     assert TokenData(tmp_path).splits['train'].tolist() == [5] * 9
-    assert sorted(contents(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(contents(tmp_path)) == FILES
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, fails):
     (tmp_path / 'file').write_text('in the way')
-    assert str(tmp_path / 'file') in fails(write, tmp_path / 'file', range(6))
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        assert f'{folder} (Not a directory)' in fails(write, folder, range(6))
 
 
-def test_a_vocabulary_beyond_16_bits_is_refused(tmp_path, fails):
-    assert '65537' in fails(write, tmp_path / 'new', range(6), vocab_size=65537)
-    assert not (tmp_path / 'new').exists()
+def test_folders_made_in_vain_are_removed_and_no_others(tmp_path, fails):
+    (tmp_path / 'before').mkdir()
+    for folder in ('a/b', 'before/c', 'before'):
+        with pytest.raises(RuntimeError), hold(tmp_path / folder):
+            raise RuntimeError
+    with pytest.raises(RuntimeError), hold(tmp_path / 'a' / 'b'):
+        write(tmp_path / 'a' / 'other', range(6))
+        raise RuntimeError
+    assert os.listdir(tmp_path / 'before') == [] and os.listdir(tmp_path / 'a') == ['other']
+    assert sorted(contents(tmp_path / 'a' / 'other')) == FILES
 
 
 # Reading what is not as it should be
@@ -321,6 +444,14 @@ def test_a_data_set_that_is_not_prepared_names_the_command(fails, tmp_path, monk
     assert 'there is no data set data/brad; those in data: bard, own' in fails(TokenData, 'data/brad', 4)
     Path('data/bard/train.bin').write_bytes(b'\0' * 100)
     assert 'not prepared' in fails(TokenData, 'data/bard', 4)
+
+
+@pytest.mark.parametrize('name', ['', '../data'])
+def test_the_folder_of_all_data_sets_is_none_and_has_no_script_to_run(fails, monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    said = fails(TokenData, os.path.join('data', name), 4)
+    assert 'there is no data set' in said and 'openwebtext' in said and 'run: ' not in said
+    assert 'run: ' not in tokens._remedy(Path('data', name))
 
 
 def test_odd_length_is_named(numbered, fails):
@@ -364,6 +495,7 @@ def test_ids_beyond_the_vocabulary_are_named_when_they_are_first_read(numbered, 
 
 def test_no_meta_json_means_gpt2_tokens_as_in_nanogpt(numbered):
     (numbered / 'meta.json').unlink()
+    (numbered / 'meta.pkl').unlink()
     data = TokenData(numbered, 16)
     assert data.meta is None and read_meta(numbered) is None
     assert data.batch('train', 1, 0, 2)[0].shape == (2, 16)
@@ -373,7 +505,7 @@ def test_no_meta_json_means_gpt2_tokens_as_in_nanogpt(numbered):
     'text',
     [
         '', '{"tokenizer": "char"', '[]', '\xff', '{"tokenizer": "gpt2", "dtype": "uint16"}',
-        '{"tokenizer": "gpt2", "dtype": "uint32", "vocab_size": 5}',
+        '{"tokenizer": "gpt2", "dtype": "float32", "vocab_size": 5}',
         '{"tokenizer": "char", "dtype": "uint16", "vocab_size": 5, "itos": ["a"]}',
     ],
 )  # fmt: skip
@@ -383,6 +515,34 @@ def test_a_damaged_meta_json_is_named(numbered, fails, text):
     assert 'meta.json does not describe' in fails(read_meta, numbered)
 
 
+def test_the_meta_pkl_of_nanogpt_is_read(tmp_path):
+    """As nanoGPT's data/shakespeare_char/prepare.py writes it, beside uint16 tokens."""
+    chars = sorted(set('hello world'))
+    meta = {'vocab_size': 8, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    for split in ('train', 'val'):
+        np.array([meta['stoi'][c] for c in 'hello world'], dtype=np.uint16).tofile(tmp_path / f'{split}.bin')
+    data = TokenData(tmp_path, 4)
+    assert data.vocab_size == 8 and tokenizer(data.meta).decode(data.splits['val']) == 'hello world'
+
+
+@pytest.mark.parametrize('meta', [
+    'calls', 'class', 'cut', 'text', [], {'vocab_size': 2}, {'vocab_size': 1, 'itos': {0: 'ab'}},
+    {'vocab_size': 3, 'itos': {0: 'a', 1: 'b'}}, {'vocab_size': 1, 'itos': {5: 'a'}},
+])  # fmt: skip
+def test_a_meta_pkl_is_read_without_executing_it_and_named_where_it_is_none(tmp_path, fails, meta):
+    class Calls:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+
+    sound = {'vocab_size': 1, 'itos': {0: 'a'}}
+    pickled = {'calls': pickle.dumps({**sound, 'stoi': Calls()}), 'class': pickle.dumps({**sound, 'x': Path('x')}),
+               'cut': pickle.dumps(sound)[:-3], 'text': b'hello'}  # fmt: skip
+    (tmp_path / 'meta.pkl').write_bytes(pickled[meta] if isinstance(meta, str) else pickle.dumps(meta))
+    assert 'meta.pkl does not describe' in fails(read_meta, tmp_path)
+    assert not (tmp_path / 'executed').exists()
+
+
 # The prepare scripts
 
 
@@ -390,8 +550,8 @@ def test_a_damaged_meta_json_is_named(numbered, fails, text):
 def checkout(tmp_path_factory):
     """A copy of the scripts to run, so that the data sets of this checkout stay as they are."""
     root = tmp_path_factory.mktemp('checkout')
-    names = ('pystdlib_char', 'shakespeare_char', 'shakespeare')
-    for path in ('runtime.py', 'data/prepare.py', *(f'data/{name}/prepare.py' for name in names)):
+    names = ('pystdlib_char', 'shakespeare_char', 'shakespeare_scarce', 'shakespeare', 'text', 'openwebtext')
+    for path in ('runtime.py', 'data/prepare.py', 'data/tokens.py', *(f'data/{name}/prepare.py' for name in names)):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, root / path)
     return root
@@ -476,12 +636,23 @@ def test_shakespeare_char_splits_a_local_copy_90_to_10(checkout, run_script, tmp
     assert data.meta['itos'] == sorted(set(TO_BE)) and data.meta['source']['text'] == str(tmp_path / 'input.txt')
 
 
-def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkeypatch):
-    monkeypatch.setattr('tiktoken.get_encoding', lambda name: Bytes())
+def test_shakespeare_scarce_is_part_of_shakespeare_char(checkout, run_script, tmp_path):
+    text = ''.join(f'{i} men of Rome\n' for i in range(20000))
+    (tmp_path / 'input.txt').write_text(text)
+    decoded = {}
+    for name in ('shakespeare_scarce', 'shakespeare_char'):
+        run_script(name, '--input', tmp_path / 'input.txt')
+        data = TokenData(checkout / 'data' / name, 8)
+        decoded[name] = [tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val')]
+    assert decoded['shakespeare_scarce'] == [part[:n] for part, n in
+                                             zip(decoded['shakespeare_char'], (25000, 20000), strict=True)]  # fmt: skip
+
+
+def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkeypatch, bpe_file):
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(TO_BE.encode()))
-    run_script('shakespeare')
+    run_script('shakespeare', '--bpe_file', bpe_file)
     data = TokenData(checkout / 'data/shakespeare', 8)
-    train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
+    train, val = (tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val'))
     assert train + val == TO_BE and data.meta['vocab_size'] == 50257
 
 
@@ -514,6 +685,6 @@ def test_an_unreadable_input_is_named(tmp_path, fails):
     assert 'Is a directory' in fails(read_text, tmp_path)
 
 
-@pytest.mark.parametrize('name', ['pystdlib_char', 'shakespeare_char', 'shakespeare'])
+@pytest.mark.parametrize('name', ['pystdlib_char', 'shakespeare_char', 'shakespeare', 'text', 'openwebtext'])
 def test_a_wrong_argument_is_named(run_script, fails, name):
     assert '--inptu' in fails(run_script, name, '--inptu', 'x')

@@ -62,8 +62,7 @@ def prepare(folder, stdlib):
         'split': 'validation: the files with sha256(path) in the last tenth of its range',
     }
     char = CharTokenizer(sorted(set(train_text + val_text)))
-    meta = {**char.meta, 'source': source}
-    write_dataset(folder, char.encode_text(train_text), char.encode_text(val_text), meta)
+    write_dataset(folder, {'train': [train_text], 'val': [val_text]}, char, source)
 
 
 if __name__ == '__main__':

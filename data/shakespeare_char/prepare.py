@@ -18,11 +18,11 @@ FOLDER = Path(os.path.abspath(__file__)).parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 
 
-def read_shakespeare(doc):
-    """What the command line asks for: (train text, val text, source), the text downloaded or from --input FILE."""
-    arguments = Arguments(doc)
+def read_shakespeare(arguments):
+    """What the command line asks for: (documents, source, args), the text downloaded or from --input FILE."""
     arguments.add_argument('--input', metavar='FILE', help='a UTF-8 text to use in place of the download')
-    path = arguments.parse_args().input
+    args = arguments.parse_args()
+    path = args.input
     if path is not None:
         text = read_text(path)
     else:
@@ -32,10 +32,11 @@ def read_shakespeare(doc):
         except (OSError, http.client.HTTPException, UnicodeDecodeError) as e:
             fail(f'cannot download {URL} ({e}); fetch it elsewhere and name the local copy with --input FILE')
     cut = int(len(text) * 0.9)
-    return text[:cut], text[cut:], {'text': path or URL, 'split': 'the first 90 % of the characters, the rest'}
+    source = {'text': path or URL, 'split': 'the first 90 % of the characters, the rest'}
+    return {'train': [text[:cut]], 'val': [text[cut:]]}, source, args
 
 
 if __name__ == '__main__':
-    train, val, source = read_shakespeare(__doc__)
-    char = CharTokenizer(sorted(set(train + val)))
-    write_dataset(FOLDER, char.encode_text(train), char.encode_text(val), {**char.meta, 'source': source})
+    documents, source, _ = read_shakespeare(Arguments(__doc__))
+    char = CharTokenizer(sorted(set(documents['train'][0] + documents['val'][0])))
+    write_dataset(FOLDER, documents, char, source)

@@ -1,0 +1,24 @@
+"""The first 25,000 characters of tiny Shakespeare to train on, 20,000 of its validation part to validate.
+
+    python data/shakespeare_scarce/prepare.py [--input FILE]
+
+So little text that a small model reads it dozens of times in seconds and over-fits: where regularization counts.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
+
+from data.prepare import Arguments, CharTokenizer, write_dataset
+from data.shakespeare_char.prepare import read_shakespeare
+
+FOLDER = Path(os.path.abspath(__file__)).parent
+
+if __name__ == '__main__':
+    documents, source, _ = read_shakespeare(Arguments(__doc__))
+    train, val = documents['train'][0], documents['val'][0]
+    char = CharTokenizer(sorted(set(train + val)))  # as shakespeare_char's
+    source['split'] = 'the first 25,000 characters, and 20,000 from nine tenths of the text on'
+    write_dataset(FOLDER, {'train': [train[:25000]], 'val': [val[:20000]]}, char, source)

@@ -1,0 +1,116 @@
+"""Your own text: files, or folders with all the files in them, as GPT-2 tokens or characters.
+
+    python data/text/prepare.py notes.txt books/
+    python data/text/prepare.py books/ --tokenizer char --out_dir data/books
+
+Each file is UTF-8 and a document, which in GPT-2 tokens ends with <|endoftext|>. The files are shuffled; the last tenth
+of all their bytes is for validation. Files and folders whose names start with a dot are left out.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
+
+from data.prepare import Arguments, CharTokenizer, GPT2Tokenizer, write_dataset
+from runtime import fail
+
+FOLDER = Path(os.path.abspath(__file__)).parent
+
+
+class Files:
+    """The texts of `parts`, (path, first byte, end) each; a slice of it is a list of str."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, part):
+        texts = []
+        for path, start, end in self.parts[part]:
+            try:
+                with open(path, 'rb') as f:
+                    f.seek(start)
+                    texts.append(f.read(end - start).decode('utf-8'))
+            except UnicodeDecodeError as e:
+                raise ValueError(f'{path} is not UTF-8 text (byte {start + e.start}); convert it with iconv, or leave '
+                                 'it out') from e  # fmt: skip
+            except OSError as e:
+                raise ValueError(f'cannot read {path} ({e.strerror})') from e
+        return texts
+
+
+def find(paths):
+    """{path: bytes} of the files at and under `paths`, in order. ValueError where there are none."""
+    found = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f'there is no {path}')
+        below = sorted(p for p in path.rglob('*') if not any(n.startswith('.') for n in p.relative_to(path).parts))
+        for file in below if path.is_dir() else [path]:
+            if file.is_file() and file.stat().st_size:
+                found[os.path.abspath(file)] = file.stat().st_size
+    if not found:
+        raise ValueError(f'there is no text in {", ".join(map(str, paths))}')
+    return found
+
+
+def split(sizes, seed, val_share):
+    """{'train': Files, 'val': Files}: shuffled, and divided at a character near val_share of the bytes from the end."""
+    paths = [list(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]
+    left = round(sum(sizes.values()) * (1 - val_share))  # bytes that training still gets
+    train, val = [], []
+    for path in paths:
+        cut = min(max(left, 0), sizes[path])
+        left -= sizes[path]
+        if 0 < cut < sizes[path]:
+            with open(path, 'rb') as f:
+                f.seek(cut)
+                while f.read(1)[0] & 0xC0 == 0x80 and cut < sizes[path] - 1:  # within a character
+                    cut += 1
+        if cut > 0:
+            train.append((path, 0, cut))
+        if cut < sizes[path]:
+            val.append((path, cut, sizes[path]))
+    if not train or not val:
+        raise ValueError('there is too little text for training and validation')
+    return {'train': Files(train), 'val': Files(val)}
+
+
+def characters(documents):
+    """Every character that there is, in order."""
+    known = set()
+    for texts in documents.values():
+        for i in range(len(texts)):
+            known.update(texts[i : i + 1][0])
+    return sorted(known)
+
+
+if __name__ == '__main__':
+    arguments = Arguments(__doc__)
+    arguments.add_argument('paths', nargs='+', metavar='PATH')
+    arguments.add_argument('--tokenizer', choices=('gpt2', 'char'), default='gpt2', help='default: %(default)s')
+    arguments.add_bpe_file()
+    arguments.add_argument('--seed', type=int, default=2357, help='of the shuffling; default: %(default)s')
+    arguments.add_argument('--val_share', type=float, default=0.1, help='of the bytes; default: %(default)s')
+    arguments.add_argument('--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script')
+    args = arguments.parse_args()
+    if not 0 < args.val_share < 1 or args.seed < 0:
+        fail(f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative')
+    try:
+        sizes = find(args.paths)
+        documents = split(sizes, args.seed, args.val_share)
+        char = args.tokenizer == 'char'
+        tokenizer = CharTokenizer(characters(documents)) if char else GPT2Tokenizer(args.bpe_file)
+    except ValueError as e:
+        fail(e)
+    source = {'paths': args.paths, 'files': len(sizes), 'bytes': sum(sizes.values()),
+              'split': f'by bytes, seed {args.seed}, validation {args.val_share}'}  # fmt: skip
+    changed = [os.stat(path).st_mtime_ns for path in sizes]
+    write_dataset(args.out_dir, documents, tokenizer, source, end_of_text=not char,
+                  fingerprint=repr((documents['train'].parts, documents['val'].parts, changed)))  # fmt: skip

@@ -1,0 +1,284 @@
+"""The prepare scripts for one's own text: nanoGPT's bytes, every format, and every mistake answered in a line."""
+
+import gzip
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiktoken
+import tiktoken.load
+from conftest import ROOT
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from data.prepare import hold, tokenizer
+from data.tokens import TokenData, read_meta
+
+TEXTS = [f'Document {i}\n\n  of{" words" * (i % 50)}, éÿ 数 <|endoftext|>' for i in range(150)] + ['']
+
+
+@pytest.fixture
+def prepare(monkeypatch, capsys, tmp_path, bpe_file):
+    """prepare('text', ...) runs data/text/prepare.py into tmp_path/out: (status, standard error)."""
+
+    def run(name, *arguments, out='out'):
+        script = str(ROOT / 'data' / name / 'prepare.py')
+        given = [*map(str, arguments), '--out_dir', str(tmp_path / out)]
+        if '--tokenizer' not in given:
+            given += ['--bpe_file', str(bpe_file)]
+        monkeypatch.setattr(sys, 'argv', [script, *given])
+        monkeypatch.setattr(sys, 'path', sys.path.copy())
+        capsys.readouterr()
+        try:
+            runpy.run_path(script, run_name='__main__')
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def write_parquet(path, texts, column='text', **columns):
+    pyarrow.parquet.write_table(pyarrow.table({column: texts, **columns}), path, row_group_size=40)
+    return path
+
+
+def nanogpt(path, folder, bpe_file):
+    """nanoGPT's recipe: its split, encode_ordinary and the end-of-text token for each document, in uint16."""
+    ranks = tiktoken.load.load_tiktoken_bpe(str(bpe_file))
+    special = {'<|endoftext|>': 50256}
+    encoding = tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    loaded = datasets.load_dataset('parquet', data_files=str(path), cache_dir=str(folder))
+    split = loaded['train'].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    split['val'] = split.pop('test')
+    return {f'{name}.bin': np.array([i for text in part['text'] for i in [*encoding.encode_ordinary(text), 50256]],
+                                    dtype=np.uint16).tobytes() for name, part in split.items()}  # fmt: skip
+
+
+def test_openwebtext_is_byte_for_byte_nanogpts(prepare, tmp_path, bpe_file):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS, source=['x'] * len(TEXTS))
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+    for name, content in nanogpt(path, tmp_path / 'cache', bpe_file).items():
+        assert (tmp_path / 'out' / name).read_bytes() == content
+    assert sorted(os.listdir(tmp_path / 'out')) == ['gpt2.tiktoken', 'meta.json', 'train.bin', 'val.bin']
+    data = TokenData(tmp_path / 'out', 8)
+    text = tokenizer(data.meta, data.folder).decode(data.splits['val'])  # needs nothing but the folder
+    assert text.removesuffix('<|endoftext|>') in TEXTS
+
+
+def test_every_format_gives_the_same_tokens(prepare, tmp_path):
+    whole = write_parquet(tmp_path / 'whole.parquet', TEXTS, 'body')
+    parts = tmp_path / 'parts'
+    parts.mkdir()
+    write_parquet(parts / '1.parquet', TEXTS[:70], 'body')
+    write_parquet(parts / '2.parquet', TEXTS[70:], 'body')
+    lines = ''.join(json.dumps({'body': text, 'id': i}) + '\n' for i, text in enumerate(TEXTS))
+    (tmp_path / 'lines.jsonl').write_text(lines)
+    (tmp_path / 'array.json').write_text(json.dumps([{'body': text} for text in TEXTS]))
+    (tmp_path / 'lines.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+    bins = {}
+    for name in (whole.name, 'parts/*.parquet', 'lines.jsonl', 'array.json', 'lines.jsonl.gz'):
+        options = '--text_column', 'body', '--val_share', 0.1
+        assert prepare('openwebtext', '--data_files', tmp_path / name, *options, out='out') == (0, ''), name
+        bins[name] = [(tmp_path / 'out' / f'{split}.bin').read_bytes() for split in ('train', 'val')]
+    assert all(content == bins[whole.name] for content in bins.values()) and len(bins[whole.name][1]) > 100
+
+
+def test_a_text_file_is_a_document(prepare, tmp_path):
+    for i in range(10):
+        (tmp_path / f'{i}.txt').write_text(f'two\nlines {i}\n')
+    assert prepare('openwebtext', '--data_files', tmp_path / '*.txt', '--val_share', 0.2) == (0, '')
+    meta = read_meta(tmp_path / 'out')
+    tokens = np.fromfile(tmp_path / 'out' / 'train.bin', dtype='<u2')
+    assert meta['source']['documents'] == 10 and (tokens == 50256).sum() == 8
+
+
+def test_another_seed_and_share_divide_otherwise(prepare, tmp_path):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    sizes = {}
+    for share, seed in ((0.1, 1), (0.1, 2), (0.5, 1)):
+        prepare('openwebtext', '--data_files', path, '--val_share', share, '--seed', seed)
+        tokens = np.fromfile(tmp_path / 'out' / 'val.bin', dtype='<u2')
+        sizes[share, seed] = tokens.tobytes(), (tokens == 50256).sum()
+    assert [count for _, count in sizes.values()] == [16, 16, 76] and len({b for b, _ in sizes.values()}) == 3
+
+
+@pytest.mark.parametrize('make, arguments, says', [
+    (lambda p: write_parquet(p / 'a.parquet', TEXTS, 'body', id=list(range(151))), ['*.parquet'],
+     "the column 'text' of {p}/a.parquet is not there; --text_column=NAME takes one of text: body"),
+    (lambda p: write_parquet(p / 'a.parquet', [1, 2, 3]), ['*.parquet'], 'holds int64'),
+    (lambda p: write_parquet(p / 'a.parquet', ['a', None, 'b', 'c'] * 9), ['*.parquet'], 'rows without a text'),
+    (lambda p: write_parquet(p / 'a.parquet', pyarrow.array([], pyarrow.string())), ['*.parquet'], 'there are no rows'),
+    (lambda p: write_parquet(p / 'a.parquet', ['only one']), ['*.parquet'], 'two splits'),
+    (lambda p: [write_parquet(p / f'{n}.parquet', TEXTS) for n in 'abc'] and os.truncate(p / 'b.parquet', 999),
+     ['*.parquet'], '{p}/b.parquet cannot be read'),
+    (lambda p: [(p / f'{n}.txt').write_bytes(b'text' if n != 'b' else b'caf\xe9 \xff') for n in 'abc'], ['*.txt'],
+     '{p}/b.txt cannot be read (UnicodeDecodeError'),
+    (lambda p: [(p / f'{n}.jsonl').write_text('{"text": "x"}\n' if n != 'b' else '{"text": \n') for n in 'abc'],
+     ['*.jsonl'], '{p}/b.jsonl cannot be read'),
+    (lambda p: [(p / f'{n}.jsonl.gz').write_bytes(gzip.compress(b'{"text": "x"}\n')[: 9 if n == 'b' else None])
+                for n in 'abc'], ['*.jsonl.gz'], '{p}/b.jsonl.gz cannot be read'),
+    (lambda p: None, ['*.parquet'], 'no file is called'),
+    (lambda p: (p / 'a.csv').write_text('text\nx\n'), ['*.csv'], 'a.csv is of no known format'),
+    (lambda p: [(p / n).write_text('x') for n in ('a.txt', 'b.json')], ['*'], 'json and text'),
+    (lambda p: None, ['*.parquet', '--val_share', '1.5'], '--val_share=1.5'),
+])  # fmt: skip
+def test_a_mistake_about_the_text_ends_in_one_line_and_leaves_nothing(prepare, tmp_path, make, arguments, says):
+    corpus = tmp_path / 'corpus'
+    corpus.mkdir()
+    make(corpus)
+    status, err = prepare('openwebtext', '--data_files', corpus / arguments[0], *arguments[1:])
+    assert status == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+    assert says.format(p=corpus) in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_failure_leaves_the_folder_that_another_process_made_meanwhile(prepare, tmp_path, monkeypatch):
+    others = tmp_path / 'out' / 'other' / 'train.bin.tmp'
+
+    def load_dataset(*_, **__):
+        others.parent.mkdir()
+        others.touch()
+        raise ConnectionError('the hub cannot be reached')
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    assert prepare('openwebtext', out='out/own')[0] == 2
+    assert others.exists() and os.listdir(tmp_path / 'out') == ['other']
+
+
+def test_a_folder_in_use_is_said_before_anything_is_read(prepare, tmp_path):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    with hold(tmp_path / 'out'):
+        status, err = prepare('openwebtext', '--data_files', path)
+        assert status == 2 and err.startswith('error: another process is preparing') and err.count('\n') == 1
+        assert os.listdir(tmp_path / 'out') == []
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+
+
+def test_a_folder_that_cannot_be_written_is_not_the_texts_fault(prepare, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    status, err = prepare('openwebtext', '--data_files', path, out='a.parquet')
+    assert status == 2 and err.startswith(f'error: cannot write the data set to {path} (Not a directory)')
+
+    def read_only(**_):  # for root, no mode of a folder is
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr('tempfile.TemporaryFile', read_only)
+    status, err = prepare('openwebtext', '--data_files', path)
+    assert status == 2 and f'cannot write the data set to {tmp_path}/out (Permission denied)' in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(prepare, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    prepare('openwebtext', '--data_files', path, out='whole')
+    calls, fsync = [], os.fsync
+
+    def full(fd):
+        calls.append(fd)
+        if len(calls) > 2:  # after the tokens and the progress of train.bin
+            raise OSError(28, 'No space left on device')
+        fsync(fd)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        status, err = prepare('openwebtext', '--data_files', path)
+    assert status == 2 and err.count('\n') == 1 and 'No space left on device' in err
+    assert not (tmp_path / 'out' / 'train.bin').exists()
+    kept = (tmp_path / 'out' / 'train.bin.tmp').stat().st_mtime_ns
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+    assert (tmp_path / 'out' / 'train.bin').stat().st_mtime_ns >= kept
+    for name in os.listdir(tmp_path / 'whole'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr('data.prepare._commit', interrupted)
+        status, err = prepare('openwebtext', '--data_files', path)
+    assert status == 130 and 'the same command goes on' in err and 'Traceback' not in err
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+
+
+def test_a_hub_without_a_network_says_what_to_do(prepare, tmp_path, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError('the hub cannot be reached')
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    status, err = prepare('openwebtext')
+    assert status == 2 and err.count('\n') == 1 and 'Skylion007/openwebtext' in err and '--data_files' in err
+    assert not (tmp_path / 'out').exists()
+
+
+# -- one's own files
+
+
+@pytest.fixture
+def library(tmp_path):
+    folder = tmp_path / 'library'
+    (folder / 'shelf').mkdir(parents=True)
+    (folder / '.git').mkdir()
+    for i in range(20):
+        (folder / ('shelf' if i % 2 else '.') / f'{i}.txt').write_text(f'Book {i}: ' + 'é' * (i + 1) * 10 + '\n')
+    (folder / '.git' / 'config').write_bytes(b'\xff')
+    (folder / 'empty.txt').touch()
+    return folder
+
+
+def test_text_takes_every_file_once_in_one_split_or_cut_in_two(prepare, tmp_path, library):
+    assert prepare('text', library, library / 'shelf' / '1.txt') == (0, '')
+    data = TokenData(tmp_path / 'out', 8)
+    train, val = (tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val'))
+    books = train.split('<|endoftext|>')[:-1] + val.split('<|endoftext|>')[:-1]
+    written = [path.read_text() for path in library.glob('**/[0-9]*.txt')]
+    assert sorted(books) != sorted(written) and ''.join(sorted(''.join(books))) == ''.join(sorted(''.join(written)))
+    assert len(set(written) & set(books)) == 19  # one is cut where the validation text starts
+    assert 0.07 < len(val.encode()) / len((train + val).encode()) < 0.13
+
+
+def test_text_by_characters_of_one_file_is_its_beginning_and_its_end(prepare, tmp_path):
+    (tmp_path / 'one.txt').write_text('aé数' * 100)
+    assert prepare('text', tmp_path / 'one.txt', '--tokenizer', 'char') == (0, '')
+    data = TokenData(tmp_path / 'out', 8)
+    train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
+    assert train + val == 'aé数' * 100 and 28 <= len(val) <= 31 and data.meta['itos'] == ['a', 'é', '数']
+
+
+@pytest.mark.parametrize('tokens', [['--tokenizer', 'char'], []])
+def test_a_file_that_is_not_utf_8_is_named(prepare, tmp_path, library, tokens):
+    (library / 'shelf' / 'latin.txt').write_bytes('é'.encode('latin-1') * 9)
+    status, err = prepare('text', library, *tokens, out='new/out')
+    assert status == 2 and f'{library}/shelf/latin.txt is not UTF-8 text (byte 0)' in err and err.count('\n') == 1
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('name, says', [
+    ('nowhere', 'there is no'), ('empty', 'there is no text in'), ('tiny', 'too little'),
+])  # fmt: skip
+def test_no_text_is_said(prepare, tmp_path, name, says):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'tiny').write_text('x')
+    status, err = prepare('text', tmp_path / name)
+    assert status == 2 and says in err and err.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_the_shared_corpus_is_byte_for_byte_nanogpts(prepare, tmp_path):
+    shared = Path(ROOT, '..', 'shared', 'data')
+    if not (shared / 'english.parquet').exists():
+        pytest.skip(f'{shared} is not there')
+    vocabulary = shared / 'gpt2.tiktoken'
+    prepare('openwebtext', '--data_files', shared / 'english.parquet', '--bpe_file', vocabulary)
+    for name, content in nanogpt(shared / 'english.parquet', tmp_path / 'cache', vocabulary).items():
+        assert (tmp_path / 'out' / name).read_bytes() == content
