@@ -12,82 +12,128 @@ All three are one update with another scalar d_j for tensor j. With u = m_hat / 
 order='before' takes R_j and theta_j of d_j's product before the Adam update (AdamCPR, Algorithm 1, lines 6 and 7),
 order='after' from the Adam-updated weights (AdamWN, line 13.c; and the pytorch-cpr package).
 
-What decides d_j stands here, once; how it reaches the weights stands in kernels/. On an accelerator nothing in step()
-waits for the device: clipping, skipping, kappa and lambda are decided there, for all tensors of a group at once.
+Which tensors, in which order and with which options stands here; the passes that do it stand in kernels/, as Triton
+kernels for a GPU and in plain torch. On an accelerator nothing in step() waits for the device: clipping, skipping,
+kappa and lambda are decided there.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+import shards
 from kernels import plain
 
+MOMENTS = ('exp_avg', 'exp_avg_sq')
 REG_FUNCTIONS = ('l2', 'l1', 'std', 'huber')
 KAPPA_INIT_METHODS = ('uniform', 'dependent', 'warm_start', 'inflection_point')
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 
 
-class _Tensors:
-    """The tensors of one group that a step treats alike: all regularized or none, all on one device.
+class _Member(NamedTuple):
+    p: torch.Tensor
+    group: dict[str, Any]
+    place: int  # in the group
+    number: int  # among all parameters of the optimizer
+    regularized: bool
 
-    `scalars` holds their per-tensor state as vectors, so that one operation serves all; the optimizer's state of each
-    parameter is a view into them.
+
+class _Batch:
+    """The parameters that one call of each pass serves: one device, one kind of storage, the same options of Adam.
+
+    The regularized ones come first, `parts` says which of them belong to which group. Their per-tensor state stands in
+    vectors, so that one operation serves all; the optimizer's state of each parameter is a view into them.
     """
 
-    def __init__(self, optimizer, group, regularized, members):
-        self.group, self.regularized = group, regularized
-        self.params = [p for _, p in members]
-        states = [optimizer._state_of(p, group, regularized) for p in self.params]
+    def __init__(self, optimizer, passes, members):
+        members = sorted(members, key=lambda member: not member.regularized)  # stable: else as they came
+        self.group, self.passes = members[0].group, passes
+        self.params = [m.p for m in members]
+        states = [optimizer._state_of(m.p, m.group, m.regularized) for m in members]
         self.states = list(zip(self.params, states, strict=True))
-        self.exp_avgs = [s['exp_avg'] for s in states]
-        self.exp_avg_sqs = [s['exp_avg_sq'] for s in states]
-        self.device = self.params[0].device
-        # places in the group, for options given as one value a parameter
-        self.index = torch.tensor([i for i, _ in members], device=self.device)
+        reg_function, self.over = self.group.get('reg_function', 'l2'), shards.groups(self.params[0])
+        self.centred = bool(self.over) and reg_function == 'std'  # the mean is not that of the part: see Whole.centred
+        self.tensors = passes.Tensors(
+            *([shards.local(x) for x in xs] for xs in (self.params, *([s[k] for s in states] for k in MOMENTS))),
+            'l2' if self.centred else reg_function, [m.number for m in members],
+        )  # fmt: skip
+        # what d_j is decided from, and by which passes: of a spread tensor that is little, and known from its parts
+        self.whole, self.deciding = self.tensors, passes
+        if self.over:
+            self.whole, self.deciding = shards.Whole(self.params, reg_function), plain
+        self.device = self.tensors.device
+        self.regularized = sum(m.regularized for m in members)
+        # place in its group, for options given as one value a parameter
+        self.index = torch.tensor([m.place for m in members], device=self.device)
+        self.parts = []
+        for start, m in enumerate(members[: self.regularized]):
+            if not self.parts or self.parts[-1][0] is not m.group:
+                self.parts.append((m.group, slice(start, start)))
+            self.parts[-1] = (m.group, slice(self.parts[-1][1].start, start + 1))
         self.scalars = {}
-        for name in ('step', *(optimizer._scalars if regularized else ())):
-            self.scalars[name] = torch.stack([torch.as_tensor(s[name], device=self.device) for s in states])
-            for j, state in enumerate(states):
+        for name in ('step', *(optimizer._scalars if self.regularized else ())):
+            having = states if name == 'step' else states[: self.regularized]
+            self.scalars[name] = torch.stack([torch.as_tensor(s[name], device=self.device) for s in having])
+            for j, state in enumerate(having):
                 state[name] = self.scalars[name][j]
         self.steps = self.scalars['step']
-        self.reg_function = group.get('reg_function', 'l2')
-        self.numel = torch.tensor([max(p.numel(), 1) for p in self.params], dtype=torch.float32, device=self.device)
-        self.squares = None  # sum(theta ** 2) as the last step's pass summed it
-        self._written = None
+        self.decay, self.no_decay = torch.zeros_like(self.steps), torch.zeros_like(self.steps)
+        self.lists = {}  # per_tensor's, on the device
 
-    def remember(self):
-        """Note the weights as they are now, for `unchanged`."""
-        samples = [p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self.params]
-        self._written = [(p.data_ptr(), p._version) for p in self.params], samples, torch.cat(samples)
+    def centre(self):
+        """Where d_j is for a correction around the mean of parts that are elsewhere, have it for one around 0, and
+        shift_() add what that takes too much."""
+        if self.centred:
+            decay, self.shifts = self.whole.centred(self.decay)
+            self.decay.copy_(decay)
 
-    def unchanged(self):
-        """Whether nobody has written the weights since. Every tensor counts its writes; what goes by way of p.data it
-        does not count, so a few elements of each are compared besides. Asks the host, so it is for the CPU alone."""
-        if self._written is None:
-            return False
-        written, samples, values = self._written
-        return written == [(p.data_ptr(), p._version) for p in self.params] and torch.equal(torch.cat(samples), values)
+    def shift_(self):
+        if self.centred:
+            for theta, shift in zip(self.tensors.params[: self.regularized], self.shifts, strict=True):
+                theta.add_(shift)
 
     def per_tensor(self, option):
-        """A group's option, a number or one value for each of its parameters, as a number or a vector for ours."""
-        if isinstance(option, (list, tuple)) or (torch.is_tensor(option) and option.dim() > 0):
-            return torch.as_tensor(option, dtype=torch.float32, device=self.device)[self.index]
-        return option
+        """A group's option, a number or one for each of its parameters, as it is or as a vector over the batch."""
+        if isinstance(option, (list, tuple)):
+            if self.lists.get('option') != list(option):
+                self.lists = {'option': list(option), 'vector': torch.tensor(option, device=self.device).float()}
+            option = self.lists['vector']
+        if torch.is_tensor(option) and option.numel() > 1:
+            return option.to(self.device, torch.float32)[self.index.clamp(max=option.numel() - 1)]
+        return option.reshape(()) if torch.is_tensor(option) else option
 
 
 class _NormAdam(Optimizer):
     """What the three have in common: grouping, clipping, skipping, state, and the order of the passes.
 
-    A subclass says what d_j is: `_decays` returns it for the regularized tensors, given their R. `_scalars` names the
-    0-d states it keeps for each of them and `_init_scalars` makes those.
+    A subclass says what d_j is: `_decide` has it computed for some regularized tensors. `_scalars` names the 0-d states
+    it keeps for each of them and `_init_scalars` makes those.
+
+    Args of all three:
+        max_grad_norm: clip the gradients to this total norm within the step, as clip_grad_norm_ before it would,
+            leaving them as they are. 0.0 measures and guards without clipping; None does not even measure.
+        impl: 'torch'; 'triton', kernels for a GPU, on the CPU only in Triton's interpreter (TRITON_INTERPRET=1); or
+            'auto', 'triton' for parameters on a GPU.
+        moments_dtype: of exp_avg and exp_avg_sq, torch.float32 or torch.bfloat16.
+        stochastic_rounding: True or a seed: round the bfloat16 weights (and moments) that are written at random, right
+            on average, so that updates smaller than their last digit are not lost. The same seed gives the same bits.
+        process_group: of the ranks that the parameters are divided between, each with whole tensors of its own, as
+            torch.distributed.optim.ZeroRedundancyOptimizer does it: norms over all tensors are then over all ranks'.
+
+    DTensors, such as fully_shard of FSDP2 makes, are updated part by part, each process what it has of a tensor, be it
+    nothing at all. R and the gradients' norm are those of the whole tensors, their parts added up by one all-reduce a
+    step (order='after': two). So kappa, lambda and clipping are the same on every process.
     """
 
     _step_supports_amp_scaling = True  # GradScaler leaves grad_scale and found_inf here instead of unscaling by a pass
     _scalars = ()
+    process_group = None
 
-    def __init__(self, params, defaults, *, order, max_grad_norm, impl):
+    def __init__(self, params, defaults, *, order, max_grad_norm=0.0, impl='auto', moments_dtype=torch.float32,
+                 stochastic_rounding=None, process_group=None):
         lr, (beta1, beta2) = defaults['lr'], defaults['betas']
         _require(not torch.is_tensor(lr) or lr.numel() == 1, 'a tensor lr must have one element')
         _require(torch.is_tensor(lr) or lr >= 0, f'lr={lr} must be >= 0')
@@ -96,10 +142,15 @@ class _NormAdam(Optimizer):
         _require(order in ('before', 'after'), f"order='{order}' must be 'before' or 'after'")
         _require(max_grad_norm is None or max_grad_norm >= 0,
                  f'max_grad_norm={max_grad_norm} must be >= 0 (0 measures without clipping) or None')
-        _require(impl in ('auto', 'torch'), f"impl='{impl}' must be 'auto' or 'torch'")
+        _require(impl in ('auto', 'torch', 'triton'), f"impl='{impl}' must be 'auto', 'torch' or 'triton'")
+        _require(moments_dtype in (torch.float32, torch.bfloat16),
+                 f'moments_dtype={moments_dtype} must be torch.float32 or torch.bfloat16')
         self.order, self.max_grad_norm, self.impl = order, max_grad_norm, impl
+        self.moments_dtype = moments_dtype
+        self.seed = None if stochastic_rounding in (None, False) else int(stochastic_rounding)
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
-        self._prepared = (None, [])
+        self.process_group = process_group
+        self._prepared, self._captured = (None, []), []
         if isinstance(params, nn.Module):
             params = self._group_module(params, defaults)
         super().__init__(params, defaults)
@@ -118,6 +169,8 @@ class _NormAdam(Optimizer):
         for p in params:
             _require(p.dtype in (torch.float32, torch.bfloat16, torch.float16),
                      f'parameters must be float32, bfloat16 or float16, not {p.dtype}')
+            if self.impl == 'triton':
+                self._triton(p.device)  # raises now what would come up in the first step
         if regularize is None:
             regularize = [p.dim() >= 2 for p in params]
         elif isinstance(regularize, (bool, int)):
@@ -151,41 +204,73 @@ class _NormAdam(Optimizer):
         state = self.state[p]
         if 'step' not in state:
             state['step'] = torch.zeros((), dtype=torch.float32, device=p.device)
-        for name in ('exp_avg', 'exp_avg_sq'):
-            if name not in state:
-                state[name] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+        for name in MOMENTS:
+            if name not in state:  # spread as p is
+                state[name] = torch.zeros_like(p, dtype=self.moments_dtype, memory_format=torch.contiguous_format)
         if regularized and any(name not in state for name in self._scalars):
             first = self._init_scalars(p, group)
             state.update({name: torch.as_tensor(first[name], device=p.device) for name in self._scalars})
         return state
 
-    def _tensors(self):
-        """The parameters that have a gradient, as lists of _Tensors; made anew when that set or their state changes."""
-        key, members = [], {}
-        for group in self.param_groups:
-            regularize = group['regularize']
+    def _batches(self):
+        """The parameters that have a gradient, as a list of _Batch; made anew when anything about them changes."""
+        options = [(id(g['lr']) if torch.is_tensor(g['lr']) else g['lr'], *g['betas'], g['eps'], g.get('reg_function'))
+                   for g in self.param_groups]  # fmt: skip
+        key, members, first = [], [], 0
+        for group, ours in zip(self.param_groups, options, strict=True):
+            regularize, alike = group['regularize'], options.index(ours)
             for i, p in enumerate(group['params']):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
                     raise RuntimeError(f'{type(self).__name__} does not support sparse gradients')
                 regularized = regularize[i] if isinstance(regularize, list) else regularize
-                key.append((id(p), p.device, regularized))
-                members.setdefault((id(group), regularized, p.device), (group, []))[1].append((i, p))
-        known, tensors = self._prepared
-        if known != key or any(self.state.get(p) is not s for t in tensors for p, s in t.states):
-            tensors = [_Tensors(self, group, regularized, m)
-                       for (_, regularized, _), (group, m) in members.items()]  # fmt: skip
-            self._prepared = (key, tensors)
-        return tensors
+                part = shards.local(p)
+                key.append((id(part), p.device, p.dtype, p.grad.dtype, part.is_contiguous(), alike, regularized))
+                members.append(_Member(p, group, i, first + i, regularized))
+            first += len(group['params'])
+        known, batches = self._prepared
+        if not key:
+            return []
+        if known != key or any(self.state.get(p) is not s for b in batches for p, s in b.states):
+            self._captured += [b for b in batches if b.tensors.captured]  # graphs still read their memory
+            together = {}
+            for kind, member in zip(key, members, strict=True):
+                state = self._state_of(member.p, member.group, member.regularized)
+                moments = [state[name] for name in MOMENTS]
+                passes, over = self._passes_for([member.p, *moments]), shards.groups(member.p)
+                together.setdefault((passes, over, *kind[1:6], *(x.dtype for x in moments)), []).append(member)
+            batches = [_Batch(self, passes, alike) for (passes, *_), alike in together.items()]
+            self._prepared = (key, batches)
+        return batches
+
+    def _passes_for(self, tensors):
+        """The implementation of the passes for a parameter and its moments: kernels.fused or kernels.plain."""
+        wanted = self.impl == 'triton' or self.impl == 'auto' and tensors[0].device.type == 'cuda'
+        if wanted and all(x.is_contiguous() for x in tensors) and len({x.dtype for x in tensors[1:]}) == 1:
+            return self._triton(tensors[0].device) or plain
+        return plain
+
+    def _triton(self, device):
+        """kernels.fused, if it runs on `device`. Raises ValueError where it was asked for by name and does not."""
+        try:
+            from kernels import fused  # here, because there is no Triton for every machine that plain torch runs on
+        except ImportError:
+            _require(self.impl == 'auto', "impl='triton' needs the package triton: pip install triton")
+            return None
+        _require(device.type != 'cpu' or fused.INTERPRETED,
+                 "impl='triton' runs on a GPU; on the CPU set TRITON_INTERPRET=1 to run the kernels in Triton's "
+                 "interpreter, slowly, or take impl='torch'")  # fmt: skip
+        return fused
 
     def __getstate__(self):
-        own = {k: getattr(self, k) for k in ('order', 'max_grad_norm', 'impl', 'grad_norm', 'skipped_steps')}
+        own = {k: getattr(self, k) for k in ('order', 'max_grad_norm', 'impl', 'moments_dtype', 'seed', 'grad_norm',
+                                             'skipped_steps')}  # fmt: skip
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._prepared = (None, [])  # the vectors of before are not those of the state just set
+        self._prepared, self._captured = (None, []), []  # the vectors of before are not those of the state just set
 
     def load_state_dict(self, state_dict):
         """As torch.optim's, but every state keeps its own dtype, and options that `state_dict` lacks stay ours."""
@@ -195,7 +280,7 @@ class _NormAdam(Optimizer):
             saved.update(state_dict['state'])
             params = [p for group in self.param_groups for p in group['params']]
             for i, p in zip((i for group in state_dict['param_groups'] for i in group['params']), params, strict=False):
-                for name in ('exp_avg', 'exp_avg_sq') if saved.get(i) else ():
+                for name in MOMENTS if saved.get(i) else ():
                     _require(name in saved[i] and saved[i][name].shape == p.shape,
                              f'{name} of parameter {i} is missing or not of its shape {tuple(p.shape)}')
             groups = [{**{k: v for k, v in ours.items() if k != 'params'}, **theirs}
@@ -214,12 +299,12 @@ class _NormAdam(Optimizer):
         for p, i in zip(params, ids, strict=True):
             for name, value in saved.get(i, {}).items():
                 if torch.is_tensor(value):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
+                    self.state[p][name] = shards.like(p, value.detach().to(p.device, copy=True))
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def _decays(self, tensors, proceed):
-        """d_j, a vector for each of `tensors` (regularized ones only). `proceed` False: keep every state as it is."""
+    def _decide(self, parts):
+        """Have d_j computed. parts: (batch, group, span of the batch's tensors), all regularized; into batch.decay."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -233,60 +318,85 @@ class _NormAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = self._tensors()
-        if not tensors:
-            return loss
-        grad_coef, proceed = self._measure_gradients(tensors)
-        self.skipped_steps = self.skipped_steps.to(proceed.device) + ~proceed
-        if proceed.is_cpu and not proceed:
-            return loss
-        for t in tensors:
-            t.steps.add_(proceed.to(t.device))
-
-        before = self.order == 'before'
-        regularized = [t for t in tensors if t.regularized]
-        decays = dict(zip(regularized, self._decays(regularized, proceed), strict=True)) if before else {}
-        for t in tensors:
-            decay, group = decays.get(t, torch.zeros_like(t.steps)), t.group
-            if t in decays and t.reg_function != 'l2':  # only l2's correction is a decay that Adam's pass can carry
-                plain.correct_(t.params, decay, t.reg_function)
-                decay = torch.zeros_like(decay)
-            summing = t.regularized and self._scalars and t.reg_function == 'l2' and (not before or t.steps.is_cpu)
-            t.squares = torch.empty_like(t.steps) if summing else None
-            plain.adam_(
-                t.params, [p.grad for p in t.params], t.exp_avgs, t.exp_avg_sqs, t.steps, decay,
-                lr=group['lr'], beta1=group['betas'][0], beta2=group['betas'][1], eps=group['eps'],
-                grad_coef=grad_coef.to(t.device), skip=(~proceed).float().to(t.device), squares=t.squares,
-            )  # fmt: skip
-            if before and summing:
-                t.remember()
-        if not before:
-            for t, decay in zip(regularized, self._decays(regularized, proceed), strict=True):
-                plain.correct_(t.params, decay, t.reg_function)
+        batches = self._batches()
+        try:
+            for b in batches:
+                b.tensors.take([shards.local(p.grad) for p in b.params])
+            if batches:
+                self._measure(batches)
+                self._update(batches)
+        finally:
+            for b in batches:
+                b.tensors.grads = None  # else they would live until the next step
         return loss
 
-    def _R(self, t):
-        """R_j of the weights as they are now: what the pass that wrote them summed, if nobody wrote them since."""
-        if t.squares is not None and (self.order == 'after' or t.unchanged()):
-            return t.squares
-        return plain.regularizer(t.params, t.reg_function)
+    def _add_up(self, batches, gradients=False, R=False):
+        """For tensors that are spread over processes: add up what their parts here make of the gradients' sum of
+        squares and of R, all by one all-reduce."""
+        batches = [b for b in batches if b.over]
+        vectors = []
+        for b in batches:
+            known = [x.sum().double().reshape(1) for x in (b.squares, b.found_inf) if gradients and x is not None]
+            if R:
+                known.append(b.whole.parts(b.tensors.params, b.regularized, b.tensors.R))
+            vectors.append(torch.cat(known) if known else torch.zeros(0, dtype=torch.float64, device=b.device))
+        shards.add_up(vectors, [b.over for b in batches])
+        for b, vector in zip(batches, vectors, strict=True):
+            if gradients and b.squares is not None:
+                b.squares, vector = vector[:1].float(), vector[1:]
+            if gradients and b.found_inf is not None:
+                b.found_inf, vector = vector[0].float(), vector[1:]
+            if R:
+                b.whole.take(vector)
 
-    def _measure_gradients(self, tensors):
-        """What to multiply the gradients with (unscaling and clipping), and whether the step goes ahead: 0-d each."""
-        device = tensors[0].device
-        coef, proceed = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
-        if getattr(self, 'grad_scale', None) is not None:
-            coef = 1 / self.grad_scale.to(device)
-        if getattr(self, 'found_inf', None) is not None:
-            proceed = self.found_inf.to(device) == 0
+    def _measure(self, batches):
+        """The gradients' norm; and for each batch its grad_coef and whether the step goes ahead, 0-d on its device."""
+        found_inf, device, parts = getattr(self, 'found_inf', None), batches[0].device, None
+        for b in reversed(batches):
+            b.squares = None if self.max_grad_norm is None else b.passes.sum_of_squares(b.tensors)
+            b.found_inf = None if found_inf is None else found_inf.to(b.device)
+        self._add_up(batches, gradients=True, R=self.order == 'before' and bool(self._scalars))
         if self.max_grad_norm is not None:
-            # backwards, because the pass that comes next starts with the first: their gradients are still in the cache
-            squares = [plain.sum_of_squares([p.grad for p in reversed(t.params)]).to(device) for t in reversed(tensors)]
-            self.grad_norm = torch.stack(squares).sum().sqrt() * coef
-            proceed = proceed & self.grad_norm.isfinite()
-            if self.max_grad_norm > 0:
-                coef = coef * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return coef, proceed
+            parts = [b.squares.to(device) for b in reversed(batches)]
+            parts = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if self.process_group is not None:
+                parts = self._sum_of_ranks(parts.sum().reshape(1))
+        self.skipped_steps = self.skipped_steps.to(device)
+        for b in batches:
+            scale, squares = (x if x is None else x.to(b.device) for x in (getattr(self, 'grad_scale', None), parts))
+            grad_norm, b.grad_coef, b.proceed = b.passes.clip(
+                b.tensors, squares, b.steps, self.skipped_steps if b is batches[0] else None,
+                max_norm=self.max_grad_norm, grad_scale=scale, found_inf=b.found_inf,
+            )  # fmt: skip
+            self.grad_norm = grad_norm if b is batches[0] else self.grad_norm
+
+    def _sum_of_ranks(self, x):
+        """The sum of x over the ranks that the parameters are divided between."""
+        x = x.double()
+        torch.distributed.all_reduce(x, group=self.process_group)
+        return x.float()
+
+    def _update(self, batches):
+        parts, before = [(b, *part) for b in batches for part in b.parts], self.order == 'before'
+        if before:
+            self._decide(parts)
+            for b in batches:
+                b.centre()
+        for b in batches:
+            lr, (beta1, beta2), eps = (b.group[k] for k in ('lr', 'betas', 'eps'))
+            b.passes.adam_(
+                b.tensors, b.steps, b.decay if before else b.no_decay, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                grad_coef=b.grad_coef, proceed=b.proceed, order=self.order,
+                sums=b.regularized if self._scalars and not b.centred else 0, seed=self.seed,
+            )  # fmt: skip
+        if not before:
+            self._add_up(batches, R=True)
+            self._decide(parts)
+            for b in batches:
+                b.centre()
+                b.passes.correct_(b.tensors, slice(0, b.regularized), b.decay)
+        for b in batches:
+            b.shift_()
 
 
 def weight_norms(module):
@@ -295,7 +405,7 @@ def weight_norms(module):
     The order is that of the first parameter group that an optimizer here makes of the module.
     """
     named = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and p.dim() >= 2}
-    squares = plain.regularizer(list(named.values()), 'l2').tolist() if named else []
+    squares = shards.regularizer(list(named.values()), 'l2').tolist() if named else []
     return {name: math.sqrt(square) for name, square in zip(named, squares, strict=True)}
 
 
@@ -308,21 +418,18 @@ class AdamW(_NormAdam):
         lr: learning rate, a number or a one-element tensor.
         betas, eps: Adam's.
         weight_decay: per step and unit of learning rate.
-        max_grad_norm: clip the gradients to this total norm within the step, as clip_grad_norm_ before it would,
-            leaving them as they are. 0.0 measures and guards without clipping; None does not even measure.
-        impl: 'auto' or 'torch'.
+        max_grad_norm, impl, moments_dtype, stochastic_rounding: see _NormAdam.
     Raises ValueError for an argument out of range.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, *,
-                 max_grad_norm=0.0, impl='auto'):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, **common):
         _require(weight_decay >= 0, f'weight_decay={weight_decay} must be >= 0')
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, defaults, order='before', max_grad_norm=max_grad_norm, impl=impl)
+        super().__init__(params, defaults, order='before', **common)
 
-    def _decays(self, tensors, proceed):
-        decays = [t.group['lr'] * t.group['weight_decay'] * torch.ones_like(t.steps) for t in tensors]
-        return [torch.where(proceed.to(d.device), d, 0.0) for d in decays]
+    def _decide(self, parts):
+        for b, group, span in parts:
+            b.decay[span] = group['lr'] * group['weight_decay']
 
 
 class AdamCPR(_NormAdam):
@@ -350,14 +457,14 @@ class AdamCPR(_NormAdam):
         reg_embedding: with a module: regularize embeddings too.
         reg_by_lr: multiply the correction by the learning rate.
         order: 'before' (the paper's Algorithm 1) or 'after' (pytorch-cpr) the Adam update.
-        max_grad_norm, impl: as AdamW's.
+        max_grad_norm, impl, moments_dtype, stochastic_rounding: see _NormAdam.
     State of a regularized tensor besides Adam's, 0-d each: kappa (nan until set), kappa_set, lagmul (lambda) and, for
     'inflection_point', ema, ema_error, ema_last, ema_growth. Raises ValueError for an argument out of range.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, kappa_init_method='inflection_point',
                  kappa_init_param=1000.0, reg_function='l2', kappa_update=1.0, reg_step_size=200, reg_ema_decay=0.99,
-                 reg_embedding=False, reg_by_lr=False, *, order='before', max_grad_norm=0.0, impl='auto'):
+                 reg_embedding=False, reg_by_lr=False, *, order='before', **common):
         _require(kappa_init_method in KAPPA_INIT_METHODS,
                  f"kappa_init_method='{kappa_init_method}' must be one of {', '.join(KAPPA_INIT_METHODS)}")
         _require(reg_function in REG_FUNCTIONS,
@@ -379,7 +486,7 @@ class AdamCPR(_NormAdam):
             kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param, reg_function=reg_function,
             kappa_update=kappa_update, reg_step_size=reg_step_size, reg_ema_decay=reg_ema_decay, reg_by_lr=reg_by_lr,
         )  # fmt: skip
-        super().__init__(params, defaults, order=order, max_grad_norm=max_grad_norm, impl=impl)
+        super().__init__(params, defaults, order=order, **common)
 
     def __getstate__(self):
         return {**super().__getstate__(), 'reg_embedding': self.reg_embedding, '_scalars': self._scalars}
@@ -400,56 +507,20 @@ class AdamCPR(_NormAdam):
         if method == 'uniform':
             kappa = float(param)
         elif method == 'dependent':
-            kappa = param * plain.regularizer([p], group['reg_function'])[0]
+            kappa = param * shards.regularizer([p], group['reg_function'])[0]
         return {'kappa': kappa, 'kappa_set': method in ('uniform', 'dependent'), 'lagmul': 0.0,
                 'ema': math.nan, 'ema_error': 0.0, 'ema_last': math.nan, 'ema_growth': math.nan}
 
-    def _decays(self, tensors, proceed):
-        return [self._decay(t, self._R(t), proceed.to(t.device)) for t in tensors]
-
-    def _decay(self, t, R, proceed):
-        group, kappa, kappa_set, lagmul = t.group, *(t.scalars[k] for k in ('kappa', 'kappa_set', 'lagmul'))
-        set_now = self._is_kappa_due(t, R, proceed) & ~kappa_set & proceed
-        kappa.copy_(torch.where(set_now, R, kappa))
-        kappa_set |= set_now
-        mu = group['kappa_update'] if group['reg_function'] == 'std' else group['kappa_update'] / t.numel
-        constrained = kappa_set & proceed
-        lagmul.copy_(torch.where(constrained, (lagmul + mu * (R - kappa)).clamp(min=0), lagmul))
-        decay = lagmul * (2 if group['reg_function'] == 'l2' else 1) * (group['lr'] if group['reg_by_lr'] else 1)
-        return torch.where(constrained, decay, 0.0)
-
-    def _is_kappa_due(self, t, R, proceed):
-        """For each tensor whether kappa_j is to be taken from R_j now; asked anew each step until it was."""
-        method = t.group['kappa_init_method']
-        if method == 'warm_start':
-            # R stems from the weights after this step's Adam update ('after') or from those after the step before
-            return t.steps - int(self.order == 'before') >= t.group['kappa_init_param']
-        if method == 'inflection_point':
-            return self._slows_down(t, R, proceed)
-        return torch.zeros_like(t.scalars['kappa_set'])
-
-    def _slows_down(self, t, R, proceed):
-        """Kappa-IP's detector: the growth of R's average since the last look is less than the growth before it."""
-        every, decay = t.group['reg_step_size'], t.group['reg_ema_decay']
-        ema, error, last, growth = (t.scalars[k] for k in ('ema', 'ema_error', 'ema_last', 'ema_growth'))
-
-        # ema <- ema + alpha (R - ema) with alpha = (1 - decay) / (1 - decay^t) is the bias-corrected average itself.
-        # Where R moves little, alpha (R - ema) is below ema's last digit: ema_error carries what float32 rounds off.
-        alpha = (1 - decay) / -torch.expm1(t.steps * (math.log(decay) if decay > 0 else -math.inf))
-        move = torch.where(ema.isnan(), 0.0, error + alpha * (R - ema - error))
-        moved = torch.where(ema.isnan(), R, ema + move)
-        error.copy_(torch.where(proceed, torch.where(ema.isnan(), 0.0, move - (moved - ema)), error))
-        ema.copy_(torch.where(proceed, moved, ema))
-
-        look = (t.steps % every == 0) & proceed
-        grown = ema - last  # nan at the first look, and so no comparison with it holds
-        rounding = 16 * torch.finfo(torch.float32).eps * ema.abs()  # of R, a float32 sum over the tensor, and of ema
-        # A falling R is none that slows down; and the average's delay, which lengthens until it is full, would make a
-        # straight fall look as if it grew steeper.
-        found = look & (t.steps >= 4 * every) & (growth > 0) & (grown < growth - rounding)
-        growth.copy_(torch.where(look, grown, growth))
-        last.copy_(torch.where(look, ema, last))
-        return found
+    def _decide(self, parts):
+        for b, group, span in parts:
+            method, param = group['kappa_init_method'], group['kappa_init_param']
+            b.deciding.constrain_(
+                b.whole, span, b.decay, b.steps, b.proceed, b.scalars, method=method,
+                # R stems from the weights after this step's Adam update ('after') or from those after the step before
+                warm_start=param + int(self.order == 'before'), mu=group['kappa_update'],
+                every=group['reg_step_size'], ema_decay=group['reg_ema_decay'],
+                lr=group['lr'] if group['reg_by_lr'] else 1.0,
+            )  # fmt: skip
 
 
 class AdamWN(_NormAdam):
@@ -468,14 +539,14 @@ class AdamWN(_NormAdam):
         norm: the target itself, in place of ratio: a number, or one for each parameter of the group.
         scope: 'tensor' steers every tensor by its own norm, 'global' all of them by their joint norm.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
-        max_grad_norm, impl: as AdamW's.
+        max_grad_norm, impl, moments_dtype, stochastic_rounding: see _NormAdam.
     State of a controlled tensor besides Adam's: init_norm, 0-d. Raises ValueError for an argument out of range.
     """
 
     _scalars = ('init_norm',)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, *, rate=1e-2, ratio=1.0, norm=None,
-                 scope='tensor', order='after', max_grad_norm=0.0, impl='auto'):
+                 scope='tensor', order='after', **common):
         _require(0 <= rate <= 1, f'rate={rate} must be in [0, 1]')
         for name, target in (('ratio', ratio), ('norm', norm)):
             _require(target is None or bool((torch.as_tensor(target) >= 0).all()), f'{name}={target} must be >= 0')
@@ -484,7 +555,7 @@ class AdamWN(_NormAdam):
                  "scope='global' steers one joint norm: ratio and norm must be single numbers")
         self.scope = scope
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, rate=rate, ratio=ratio, norm=norm)
-        super().__init__(params, defaults, order=order, max_grad_norm=max_grad_norm, impl=impl)
+        super().__init__(params, defaults, order=order, **common)
 
     def __getstate__(self):
         return {**super().__getstate__(), 'scope': self.scope}
@@ -497,23 +568,28 @@ class AdamWN(_NormAdam):
                      f"{name} has {count} values for a group of {len(group['params'])} parameters")
 
     def _init_scalars(self, p, group):
-        return {'init_norm': plain.regularizer([p], 'l2')[0].sqrt()}
+        return {'init_norm': shards.regularizer([p], 'l2')[0].sqrt()}
 
-    def _decays(self, tensors, proceed):
-        squares = [self._R(t) for t in tensors]
-        starts = [t.scalars['init_norm'].square() for t in tensors]
-        if self.scope == 'global' and tensors:
-            squares, starts = ([torch.stack([x.sum().to(tensors[0].device) for x in xs]).sum()] * len(xs)
-                               for xs in (squares, starts))  # fmt: skip
-        return [self._decay(t, R.to(t.device).sqrt(), R_0.to(t.device).sqrt(), proceed.to(t.device))
-                for t, R, R_0 in zip(tensors, squares, starts, strict=True)]
-
-    def _decay(self, t, norm, init_norm, proceed):
-        target = t.per_tensor(t.group['ratio']) * init_norm
-        if t.group['norm'] is not None:
-            target = t.per_tensor(t.group['norm'])
-        away = 1 - torch.where(norm > 0, target / norm, 0.0)  # a tensor of zeros has no direction to grow in
-        return torch.where(proceed, t.group['rate'] * away, 0.0).expand_as(t.steps)
+    def _decide(self, parts):
+        joint_norm = joint_init = None
+        if self.scope == 'global':
+            device = self.skipped_steps.device
+            squares = [torch.stack([b.whole.R(span).sum(), b.scalars['init_norm'][span].square().sum()]).to(device)
+                       for b, _, span in parts]  # fmt: skip
+            joint = torch.stack(squares).sum(dim=0) if squares else torch.zeros(2, device=device)
+            if self.process_group is not None:
+                joint = self._sum_of_ranks(joint)
+            joint_norm, joint_init = joint.sqrt()
+        for b, group, span in parts:
+            absolute = group['norm'] is not None
+            target = b.per_tensor(group['norm'] if absolute else group['ratio'])
+            if self.scope == 'global':
+                norm, init_norm = joint_norm.to(b.device), 1.0 if absolute else joint_init.to(b.device)
+                decay = plain.steering(norm, target * init_norm, group['rate'])
+                b.decay[span] = torch.where(b.proceed, decay, 0.0)
+            else:
+                b.deciding.steer_(b.whole, span, b.decay, b.proceed, target,
+                                1.0 if absolute else b.scalars['init_norm'], rate=group['rate'])  # fmt: skip
 
 
 def _require(condition, message):
