@@ -239,9 +239,7 @@ class GPT(nn.Module):
             theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
             if theirs not in weights:
                 raise ValueError(f'{name_or_folder} is not a complete GPT-2: it lacks the weights {theirs}')
-            # transformers' Conv1D multiplies from the right: its weight is the transpose of a Linear's
-            is_conv1d = theirs.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight'))
-            state[name] = weights[theirs].t() if is_conv1d else weights[theirs]
+            state[name] = weights[theirs].t() if is_conv1d(theirs) else weights[theirs]
             if state[name].shape != own[name].shape:
                 raise ValueError(f'{name_or_folder} contradicts its config.json: {theirs} is of shape '
                                  f'{tuple(weights[theirs].shape)}')
@@ -251,6 +249,11 @@ class GPT(nn.Module):
 
 # transformers' names of the two activations that GPT-2s have, as nn.GELU's argument
 GELU_APPROXIMATE = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+
+
+def is_conv1d(name):
+    """Whether transformers has the parameter in a Conv1D, which multiplies from the right: a Linear's, transposed."""
+    return name.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight'))
 
 
 def _config_of(hf, name):

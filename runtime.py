@@ -1,6 +1,8 @@
 """What train.py, sample.py and bench.py share before they can start: the device, its number format, and how to fail."""
 
+import os
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from textwrap import shorten
@@ -41,6 +43,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 def fail(message):
     """Say on one line of standard error what the user got wrong and what to do, and leave with status 2."""
+    if os.environ.get('RANK', '0') != '0':
+        time.sleep(2)  # where the first process finds the same, torchrun ends this one before it repeats it
     print('error: ' + shorten(str(message), 600), file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -5,17 +5,13 @@
 """
 
 import os
-import sys
-from pathlib import Path
-from textwrap import shorten
 
 import torch
 
 import checkpoint
 from configurator import configure
-from data.prepare import GPT2Tokenizer, read_text, tokenizer
-from data.tokens import read_meta
-from model import GPT, GPTConfig
+from data.prepare import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_of
+from model import GPT
 from runtime import fail, setup
 
 init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, or as from_pretrained: 'gpt2', ..., a folder
@@ -25,6 +21,7 @@ num_samples = 10  # how many continuations of the prompt
 max_new_tokens = 500  # in each
 temperature = 0.8  # below 1.0 likely tokens become likelier, above less likely; 0.0 always takes the likeliest
 top_k = 200  # draw from the top_k likeliest tokens only
+bpe_file = ''  # GPT-2's vocabulary, where neither the data set nor tiktoken has it
 seed = 1337  # the same seed draws the same text
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' takes the fastest there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes what the device is fast with
@@ -58,33 +55,18 @@ if not prompt:
     fail('start is empty: there is nothing to continue; give it some text, or leave it out for a newline')
 rt = setup(device, dtype, seed)
 
-if init_from == 'resume' or init_from.endswith('.pt') or os.path.isfile(init_from):
+if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
     path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    saved = checkpoint.load(path)
-    try:
-        model = GPT(GPTConfig(**saved['model_args']))
-        model.load_state_dict(saved['model'])
-    except (TypeError, ValueError, RuntimeError) as e:
-        reason = shorten(str(e), 160)  # torch lists every tensor that does not fit
-        fail(f'{path} does not hold a model of this program ({reason}); sample it with the program that trained it')
-    folder = Path(__file__).parent / 'data' / saved['config'].get('dataset', '')
-    meta = read_meta(folder)
-    remedy = f'prepare {folder} as it was when the model was trained'
+    model, saved = checkpoint.load_model(path)
+    tokens = tokenizer_of(path, saved, bpe_file)
 else:
     try:
         model = GPT.from_pretrained(init_from)
     except ValueError as e:
         fail(e)
-    meta, remedy = GPT2Tokenizer.meta, "of the models on the hub those with GPT-2's tokenizer can be sampled"
-
-tokens_meta = meta or GPT2Tokenizer.meta
-vocab_size, known = model.config.vocab_size, tokens_meta['vocab_size']
-padded = tokens_meta['tokenizer'] == 'gpt2' and vocab_size > known  # by ids that decode() leaves out
-if vocab_size != known and not padded:
-    fail(f'the model has {vocab_size} tokens and its tokenizer {known}; {remedy}')
-if meta is None:
-    print(f"note: {folder} has no meta.json, its tokens are taken for GPT-2's", file=sys.stderr)
-tokens = tokenizer(meta)
+    check_vocabulary(model.config.vocab_size, GPT2Tokenizer.meta,
+                     "of the models on the hub those with GPT-2's tokenizer can be sampled")  # fmt: skip
+    tokens = GPT2Tokenizer(bpe_file)
 try:
     ids = tokens.encode(prompt)
 except ValueError as e:

@@ -1,8 +1,9 @@
-"""Train a GPT with AdamW, AdamCPR or AdamWN, on one device.
+"""Train a GPT with AdamW, AdamCPR or AdamWN, on one device or, started by torchrun, on many.
 
     python train.py config/train_char_cpr.py                       a config file over the settings below
     python train.py config/train_char_cpr.py --max_iters=500       and single settings over that
     python train.py --help                                         all settings
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_cpr.py --init_from=auto
 
 The settings are nanoGPT's, under its names and with its defaults, and those of the optimizers. out_dir receives ckpt.pt
 (checkpoint.py) and log.jsonl (runlog.py). A run that was stopped, by whatever, goes on with --init_from=auto as if it
@@ -15,15 +16,19 @@ import os
 import signal
 import sys
 import time
+from functools import partial
+from itertools import zip_longest
 
 import torch
 
 import checkpoint
+import folders
 import runlog
 from configurator import check, configure
 from cpr import AdamCPR, AdamW, AdamWN, weight_norms
 from data.tokens import TokenData, prefetch, to_device
 from model import GPT, GPTConfig
+from parallel import device_of_rank, largest_gradients, start
 from runtime import fail, setup
 
 # ---- settings: GPT-2 124M on OpenWebText, unless a config file or --key=value says otherwise
@@ -34,15 +39,21 @@ log_interval = 1  # iterations between two lines of training loss
 eval_iters = 200  # batches an evaluation takes of each split; 0: the whole of val.bin, each token once
 eval_only = False  # evaluate once and leave, writing nothing
 always_save_checkpoint = True  # False: only after an evaluation that is the best so far, and when stopped
+checkpoint_interval = 0  # iterations between two checkpoints besides; 0: none but those
+sharded_checkpoint = False  # under torchrun: folders ckpt-ITERATION, each process writing its part, not ckpt.pt
+keep_checkpoints = 2  # the newest is ckpt.pt, those before it ckpt.1.pt, ckpt.2.pt: for the case that one is damaged
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', a checkpoint's path
 norm_log_interval = 100  # iterations between two records of every tensor's norm, kappa and lambda
-# wandb
+loss_spike = 2.0  # a loss over this multiple of its running average is marked in the log; 0.0: none is
+max_skipped_steps = 100  # stop after so many steps in a row without a finite gradient; 0: never
+# charts
+tensorboard_log = False  # also draw the log with TensorBoard: tensorboard --logdir OUT_DIR
 wandb_log = False  # also report to Weights & Biases
 wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # a folder in data/
-gradient_accumulation_steps = 5 * 8  # micro-steps an iteration
+gradient_accumulation_steps = 5 * 8  # micro-steps an iteration, of all processes together
 batch_size = 12  # sequences a micro-step
 block_size = 1024  # tokens a sequence
 # model
@@ -60,7 +71,7 @@ beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # clip the gradients to this total norm; 0.0 does not
 order = 'auto'  # norm and correction 'before' or 'after' the Adam update; 'auto': the papers', cpr before, wn after
-impl = 'auto'  # the passes over memory: 'auto' or 'torch'
+impl = 'auto'  # the passes over memory: 'triton', 'torch', or 'auto': 'triton' on a GPU
 switch_optimizer = False  # resume with another optimizer than the checkpoint's: keeps Adam's moments, nothing else
 # AdamCPR, under the names of pytorch_cpr.AdamCPR
 kappa_init_method = 'inflection_point'  # the bound: 'inflection_point', 'warm_start', 'uniform' or 'dependent'
@@ -83,6 +94,8 @@ warmup_iters = 2000  # linear from near 0
 lr_decay_iters = 600000  # where the cosine ends; as long as max_iters, after Chinchilla
 min_lr = 6e-5  # the lowest; a tenth of learning_rate, after Chinchilla
 # system
+parallel = 'ddp'  # what torchrun's processes have of the run: 'ddp' all, 'zero' a part of Adam's state, 'fsdp' of all
+fsdp_shard_size = 0  # fsdp: processes that share one copy of the parameters, as those of a node may; 0: all
 device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first of them that is there
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 where the GPU has it, float32 on the CPU
 compile = True  # torch.compile the model
@@ -91,10 +104,11 @@ seed = 1337  # of the initial weights and of the batches
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends it
 settings, given = configure(globals())
 check(settings, {
-    '>= 1': 'eval_interval log_interval norm_log_interval gradient_accumulation_steps batch_size block_size n_layer '
-            'n_head n_embd reg_step_size',
-    '>= 0': 'eval_iters max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio '
-            'wn_ramp_iters warmup_iters lr_decay_iters seed',
+    '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval gradient_accumulation_steps batch_size '
+            'block_size n_layer n_head n_embd reg_step_size',
+    '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps max_iters learning_rate '
+            'min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio wn_ramp_iters warmup_iters '
+            'lr_decay_iters seed',
     'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
     'in [0, 1]': 'wn_rate',
     'one of adamw adamcpr adamwn': 'optimizer',
@@ -102,21 +116,29 @@ check(settings, {
     'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
     'one of l2 l1 std huber': 'reg_function',
     'one of tensor global': 'wn_scope',
+    'one of ddp zero fsdp': 'parallel',
 })  # fmt: skip
 if decay_lr and lr_decay_iters < warmup_iters:
     fail(f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False')
-if os.environ.get('WORLD_SIZE', '1') not in ('', '1'):
-    fail('train.py trains in one process; start it with python instead of torchrun')
 
-rt = setup(device, dtype, seed)
+rt = setup(device_of_rank(device), dtype, seed)
+ranks = start(parallel, rt.device_type)
+if sharded_checkpoint and not ranks.engine:
+    fail('sharded_checkpoint=True needs processes to divide the work between; start train.py with torchrun')
+micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
+if ranks.rank > 0:
+    wandb_log = tensorboard_log = False
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(ckpt_path) else 'scratch'
+    init_from = ranks.ask_first(lambda: 'resume' if checkpoint.all_of(ckpt_path) else 'scratch')
 elif os.path.isfile(init_from) and os.path.exists(ckpt_path) and os.path.samefile(init_from, ckpt_path):
     init_from = 'resume'
 resumed = None  # the checkpoint that this run continues
-if init_from == 'resume' or os.path.isfile(init_from):
-    resumed = checkpoint.load(ckpt_path if init_from == 'resume' else init_from)
+if init_from == 'resume' or checkpoint.is_at(init_from):
+    whole, damaged = init_from, {}
+    if init_from == 'resume':
+        whole, damaged = ranks.ask_first(lambda: checkpoint.newest(ckpt_path))
+    resumed = checkpoint.load(whole)
     for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
         theirs = resumed['model_args'].get(key, settings[key])
         if key in given and settings[key] != theirs:
@@ -129,7 +151,9 @@ if init_from == 'resume' or os.path.isfile(init_from):
         was, now = (', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings))
         fail(f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the weights, '
              f"Adam's moments and the iteration and sets up anew what {optimizer} adds")
-elif not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2') or '/' in init_from):
+elif not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2')
+          or '/' in init_from and not init_from.endswith('.pt')  # a name on the hub
+          or os.path.isdir(init_from)):  # fmt: skip
     fail(f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path of a checkpoint or of a "
          'folder with a GPT-2, or its name on the hub, OWNER/NAME')
 
@@ -137,7 +161,8 @@ elif not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2') or 
 try:
     if resumed:
         model = GPT(GPTConfig(**{**resumed['model_args'], 'dropout': dropout}))
-        model.load_state_dict(resumed['model'])
+        if 'model' in resumed:  # else it is in parts
+            model.load_state_dict(resumed['model'])
     elif init_from == 'scratch':
         model = None
     else:
@@ -152,7 +177,7 @@ try:
                               n_embd=n_embd, dropout=dropout, bias=bias))  # fmt: skip
 except (TypeError, ValueError, RuntimeError) as e:  # of model_args and weights that do not fit the model
     fail(e)
-model.to(rt.device)
+compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)
 init_norms = weight_norms(model)
 init_norms.update({k: v for k, v in (resumed or {}).get('init_norms', {}).items() if k in init_norms})
 init_norm = math.hypot(*init_norms.values())
@@ -174,32 +199,40 @@ try:
     if order != 'auto' and optimizer != 'adamw':
         common['order'] = order
     if optimizer == 'adamw':
-        opt = AdamW(model, weight_decay=weight_decay, **common)
+        make = partial(AdamW, weight_decay=weight_decay, **common)
     elif optimizer == 'adamcpr':
-        opt = AdamCPR(model, kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param,
-                      reg_function=reg_function, kappa_update=kappa_update, reg_step_size=reg_step_size,
-                      reg_ema_decay=reg_ema_decay, reg_embedding=reg_embedding, reg_by_lr=reg_by_lr,
-                      **common)  # fmt: skip
+        make = partial(AdamCPR, kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param,
+                       reg_function=reg_function, kappa_update=kappa_update, reg_step_size=reg_step_size,
+                       reg_ema_decay=reg_ema_decay, reg_embedding=reg_embedding, reg_by_lr=reg_by_lr,
+                       **common)  # fmt: skip
     else:
-        opt = AdamWN(model, rate=wn_rate, scope=wn_scope, **common)
+        make = partial(AdamWN, rate=wn_rate, scope=wn_scope, **common)
+    opt = make(model)
 except ValueError as e:
     fail(e)
+if optimizer == 'adamwn':
+    opt.param_groups[0]['final_ratio'] = final_ratio
+opt = ranks.optimizer(make, opt)
+own = ranks.local(opt)  # what of it this process has
 scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
 iter_num, best_val_loss = 0, math.inf
 if resumed:
     iter_num, best_val_loss = int(resumed['iter_num']), float(resumed['best_val_loss'])
+if resumed and 'model' not in resumed:
+    resumed['optimizer'] = {'state': ranks.read_parts(whole, model, opt)}
 if resumed and not eval_only:
     try:
         state = resumed['optimizer']['state']
         if switched:
             state = {i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()}
         # the tensors' state is the checkpoint's, the options are this run's
-        opt.load_state_dict({'state': state, 'param_groups': opt.state_dict()['param_groups']})
+        ranks.load_optimizer(opt, state)
     except (KeyError, TypeError, ValueError) as e:
         fail(f'the checkpoint has no optimizer state of this model ({e}); start from scratch, or only sample from it')
-    opt.skipped_steps.fill_(resumed.get('skipped_steps', 0))
+    own.skipped_steps.fill_(resumed.get('skipped_steps', 0))
     if scaler.is_enabled() and resumed.get('scaler'):  # a run in another dtype has none
         scaler.load_state_dict(resumed['scaler'])
+watch = runlog.Watch(loss_spike, *(resumed or {}).get('loss_average', ()))
 resumed = state = None  # frees a copy of the weights and the moments
 
 
@@ -215,18 +248,17 @@ def learning_rate_at(iteration):
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
-def wn_ratio_at(iteration):
+def wn_ratio_at(iteration, final_ratio):
     """Linear from 1 to final_ratio over wn_ramp_iters (arXiv 2311.11446, section 4)."""
     return 1 + (final_ratio - 1) * min(1.0, (iteration + 1) / max(wn_ramp_iters, 1))
 
 
-compiled = torch.compile(model) if compile else model
 EVAL_SEED = 1 << 40  # no run's own seed, so that all runs are evaluated on the same batches
 
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss a token of both splits, over the same batches every time and whatever the seed."""
+    """Mean loss a token of both splits: the same batches every time, whatever the seed and the number of ranks."""
     model.eval()
     losses = {}
     count = eval_iters or math.ceil(len(data.splits['val']) / (batch_size * block_size))
@@ -234,76 +266,105 @@ def estimate_loss():
         pairs = (data.batch(split, EVAL_SEED, i, batch_size) for i in range(count))
         if split == 'val' and eval_iters == 0:
             pairs = data.sequential('val', batch_size)
-        total, tokens = 0.0, 0
-        for x, y in pairs:
-            x, y = to_device((x, y), rt.device)
+        nats, tokens = [], []  # of every batch; 0 nats where another process has it
+        for each in zip_longest(*[pairs] * ranks.world_size):  # a batch for each rank, None for some in the last round
+            x, y = to_device(each[ranks.rank] or each[0], rt.device)
             with rt.autocast():
                 _, loss = compiled(x, y)
-            total, tokens = total + loss.item() * y.numel(), tokens + y.numel()
-        losses[split] = total / tokens
+            sizes = [y.numel() for _, y in filter(None, each)]
+            nats += [loss.item() * size if i == ranks.rank else 0.0 for i, size in enumerate(sizes)]
+            tokens += sizes
+        losses[split] = ranks.sum(torch.tensor(nats, dtype=torch.float64)).sum().item() / sum(tokens)
     model.train()
     return losses
 
 
 def norms():
     """The record of every weight tensor: its norm, the ratio to the norm at the start, and AdamCPR's kappa, lambda."""
-    params, tensors = dict(model.named_parameters()), {}
-    for name, norm in weight_norms(model).items():
-        state = opt.state.get(params[name], {})
-        bound = {k: state[k].item() for k in ('kappa', 'lagmul') if k in state}
+    params, tensors, now = dict(model.named_parameters()), {}, weight_norms(model)
+    bounds = ranks.scalars(opt, [params[name] for name in now], ('kappa', 'lagmul'))
+    for (name, norm), bound in zip(now.items(), bounds, strict=True):
         tensors[name] = dict(norm=norm, ratio=norm / init_norms[name] if init_norms[name] else math.nan, **bound)
     return dict(ratio=math.hypot(*(t['norm'] for t in tensors.values())) / init_norm, tensors=tensors)
 
 
 def save():
-    """Write the checkpoint of iteration iter_num, or leave the one before it and say so."""
+    """Write the checkpoint of iteration iter_num while training goes on, or say that the one before could not be."""
+    run = {
+        'scaler': scaler.state_dict(), 'model_args': model.config.model_args(), 'iter_num': iter_num,
+        'best_val_loss': best_val_loss, 'config': settings, 'init_norms': init_norms,
+        'skipped_steps': own.skipped_steps.item(), 'loss_average': watch.average,
+    }  # fmt: skip
     try:
-        checkpoint.save(ckpt_path, {
-            'model': model.state_dict(), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-            'model_args': model.config.model_args(), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-            'config': settings, 'init_norms': init_norms, 'skipped_steps': opt.skipped_steps.item(),
-        })  # fmt: skip
+        if sharded_checkpoint:
+            writer.save(ranks.parts(model, opt), {**run, 'param_groups': ranks.param_groups()})
+            return
+        state = {'model': model.state_dict(keep_vars=True), 'optimizer': ranks.optimizer_state(opt)}
+        state = ranks.gather(state)
+        if ranks.rank == 0:
+            writer.save({**state, **run})
     except OSError as e:
-        fail(f'could not write {ckpt_path} ({e}); the checkpoint before it, if any, is whole: make room, then go on '
-             'with --init_from=resume')
+        not_saved(e)
+
+
+def written():
+    """Return when the last checkpoint is on the disk."""
+    try:
+        writer.wait()
+    except OSError as e:
+        not_saved(e)
+
+
+def not_saved(reason):
+    if ranks.rank > 0:
+        sys.exit(2)  # the first rank says it
+    fail(f'could not write {writer.path} ({reason}); the checkpoint before it, if any, is whole: make room, then go on '
+         'with --init_from=auto')
 
 
 # ---- the loop
 if eval_only:
     losses = estimate_loss()
     print(f'iteration {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    ranks.close()
     sys.exit()
 
 if iter_num >= max_iters > 0:
     print(f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train')
+    ranks.close()
     sys.exit()
 
+charts = [runlog.TensorBoard(out_dir, iter_num)] if tensorboard_log else []
 if wandb_log:
-    try:
-        import wandb
+    charts.append(runlog.WandB(wandb_project, wandb_run_name, settings))
 
-        wandb.init(project=wandb_project, name=wandb_run_name, config=settings)
-    except Exception as e:  # not installed, not logged in, no network
-        fail(f'wandb does not start ({e}); pip install wandb and run wandb login, or set WANDB_MODE=offline')
-
-stopped_by = None
+stopped_by = 0
 
 
 def stop(signum, _):
     """The first signal ends the run after this iteration, with a checkpoint; the second ends it here."""
     global stopped_by
     stopped_by = signum
-    signal.signal(signum, signal.SIG_DFL)
+    if ranks.world_size == 1:  # torchrun repeats what a terminal or a cluster has sent already, and has its own limit
+        signal.signal(signum, signal.SIG_DFL)
 
 
-signal.signal(signal.SIGINT, stop)
-signal.signal(signal.SIGTERM, stop)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last: SLURM's --signal=USR1@180, as many use it
+    signal.signal(number, stop)
 try:
-    os.makedirs(out_dir, exist_ok=True)
     # a checkpoint from elsewhere has its history elsewhere
-    log = runlog.RunLog(out_dir, iter_num if init_from == 'resume' else 0)
-    if init_from != 'resume' and os.path.exists(ckpt_path):
-        os.replace(ckpt_path, f'{ckpt_path}.old')  # init_from='auto' is not to take it for this run's
+    log = runlog.RunLog(out_dir if ranks.rank == 0 else None, iter_num if init_from == 'resume' else 0, charts)
+    if sharded_checkpoint:
+        writer = folders.Writer(out_dir, keep_checkpoints, ranks.rank)
+    else:
+        writer = checkpoint.Writer(ckpt_path, keep_checkpoints)
+    if ranks.rank == 0 and init_from != 'resume':
+        checkpoint.put_aside(ckpt_path)  # init_from='auto' is not to take it for this run's
+    elif ranks.rank == 0 and damaged:
+        checkpoint.put_in_place(ckpt_path, whole, damaged)
+        for path, reason in damaged.items():
+            print(f'{path} is damaged ({reason}): goes on from {whole}, which was written before it')
+            log.write('damaged', iter=iter_num, path=path, reason=reason, used=whole)
 except OSError as e:
     fail(f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH")
 
@@ -315,76 +376,84 @@ print(f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an
 
 
 def micro_batch(i):
-    """Micro-batch i of the run: part of the batch of iteration i // gradient_accumulation_steps."""
-    iteration, part = divmod(i, gradient_accumulation_steps)
-    rows = slice(part * batch_size, (part + 1) * batch_size)
+    """Micro-batch i of this process: its next part of the batch of iteration i // micro_steps."""
+    iteration, part = divmod(i, micro_steps)
+    first = (ranks.rank * micro_steps + part) * batch_size
+    rows = slice(first, first + batch_size)
     return to_device(data.batch('train', seed, iteration, sequences, rows), rt.device)
 
 
-batches = prefetch(micro_batch, iter_num * gradient_accumulation_steps)
+batches = prefetch(micro_batch, iter_num * micro_steps)
 atexit.register(batches.close)  # its thread ends before the interpreter does, however the run ends
 model.train()
 timed_from, timed_iter = time.perf_counter(), iter_num
+saved_iter = iter_num if init_from == 'resume' else 0
 while True:
     finished = iter_num >= max_iters
+    save_now = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
     if iter_num % norm_log_interval == 0 or finished:
-        record = norms()
-        log.write('norms', iter=iter_num, **record)
-        if wandb_log:
-            wandb.log({'iter': iter_num, 'norm_ratio': record['ratio']}, step=iter_num)
+        log.write('norms', iter=iter_num, **norms())
     if iter_num % eval_interval == 0 or finished:
         losses = estimate_loss()
         print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
         log.write('eval', iter=iter_num, train_loss=losses['train'], val_loss=losses['val'])
-        if wandb_log:
-            wandb.log({'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val']}, step=iter_num)
         best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
-        if iter_num > 0 and (best or always_save_checkpoint):
-            save()
+        save_now = save_now or best or always_save_checkpoint
         timed_from, timed_iter = time.perf_counter(), iter_num
+    if save_now and iter_num > saved_iter:
+        save()
     if finished:
         break
 
     lr = learning_rate_at(iter_num)
     for group in opt.param_groups:
         group['lr'] = lr
-    if optimizer == 'adamwn':
-        opt.param_groups[0]['ratio'] = wn_ratio_at(iter_num)
-    if dropout > 0:  # so that a resumed run drops what an undisturbed one does
-        torch.manual_seed((seed + iter_num) % (1 << 63))
+        if 'final_ratio' in group:
+            group['ratio'] = wn_ratio_at(iter_num, group['final_ratio'])
     loss_sum = 0.0
-    for _ in range(gradient_accumulation_steps):
+    for part in range(micro_steps):
         x, y = next(batches)
-        with rt.autocast():
-            _, loss = compiled(x, y)
-            loss = loss / gradient_accumulation_steps
-        scaler.scale(loss).backward()
+        if dropout > 0:  # what is dropped follows from the micro-batch: the same after a resume, and on any rank
+            number = iter_num * gradient_accumulation_steps + ranks.rank * micro_steps + part
+            torch.manual_seed((seed + number) % (1 << 63))
+        with ranks.micro_step(last=part == micro_steps - 1):
+            with rt.autocast():
+                _, loss = compiled(x, y)
+                loss = loss / micro_steps
+            scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
     scaler.step(opt)  # clips too, and skips where a gradient is not finite
     scaler.update()
-    opt.zero_grad(set_to_none=True)
 
     if iter_num % log_interval == 0:
-        loss = loss_sum.item()  # waits for the device
+        loss = ranks.sum(loss_sum).item() / ranks.world_size  # waits for the device
         ms = (time.perf_counter() - timed_from) * 1e3 / (iter_num + 1 - timed_iter)
         tokens_per_s = sequences * block_size / ms * 1e3
-        mfu = model.estimate_mfu(sequences, ms / 1e3, rt.peak_flops) if rt.peak_flops else None
-        entry = dict(loss=loss, lr=lr, grad_norm=opt.grad_norm.item(), ms=ms, tokens_per_s=tokens_per_s, mfu=mfu)
-        log.write('train', iter=iter_num, **entry, skipped_steps=opt.skipped_steps.item())
-        if wandb_log:
-            wandb.log({'iter': iter_num, **{f'train/{k}': v for k, v in entry.items() if v is not None}}, step=iter_num)
+        peak = ranks.world_size * (rt.peak_flops or 0)
+        mfu = model.estimate_mfu(sequences, ms / 1e3, peak) if peak else None
+        entry = dict(loss=loss, lr=lr, grad_norm=own.grad_norm.item(), ms=ms, tokens_per_s=tokens_per_s, mfu=mfu)
+        skipped, spike = own.skipped_steps.item(), watch.is_spike(loss)
+        log.write('train', iter=iter_num, **entry, skipped_steps=skipped, **({'spike': True} if spike else {}))
         print(f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {entry["grad_norm"]:.2f}, {ms:.1f} ms, '
-              f'{tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else ''), flush=True)  # fmt: skip
+              f'{tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else '') + ', SPIKE' * spike, flush=True)
+        if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
+            fail(f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}; the largest: '
+                 f'{largest_gradients(model)}. Go on from the last checkpoint with a lower learning_rate')
         timed_from, timed_iter = time.perf_counter(), iter_num + 1
+    opt.zero_grad(set_to_none=True)
     iter_num += 1
-    if stopped_by and iter_num < max_iters:  # after the last iteration only the last evaluation is left
+    stop_now = ranks.max(stopped_by)
+    if stop_now and iter_num < max_iters:  # after the last iteration only the last evaluation is left
         save()
-        print(f'stopped by {signal.Signals(stopped_by).name} after iteration {iter_num - 1}: wrote {ckpt_path}; '
+        written()
+        print(f'stopped by {signal.Signals(stop_now).name} after iteration {iter_num - 1}: wrote {writer.path}; '
               'go on with --init_from=auto', flush=True)  # fmt: skip
         break
 
 batches.close()
+written()
 log.close()
+ranks.close()
 if not finished:
-    sys.exit(128 + stopped_by)
+    sys.exit(128 + stop_now)

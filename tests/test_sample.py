@@ -6,10 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiktoken
 import torch
 
 import checkpoint
+from data.prepare import GPT2Tokenizer
 from model import GPT, GPTConfig
 
 SAMPLE = Path(__file__).parents[1] / 'sample.py'
@@ -71,7 +71,7 @@ def bytes_for_gpt2(monkeypatch):
     """In place of GPT-2's encoding, which needs a download, one whose ids are bytes: characters are often cut."""
     encoding = SimpleNamespace(encode=lambda text, allowed_special: list(text.encode()),
                                decode=lambda ids: bytes(i % 256 for i in ids).decode('utf-8', errors='replace'))
-    monkeypatch.setattr(tiktoken, 'get_encoding', {'gpt2': encoding}.__getitem__)
+    monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self, bpe_file: setattr(self, 'encoding', encoding))
     return encoding
 
 

@@ -195,6 +195,26 @@ def test_a_nanogpt_checkpoint_is_continued_with_its_adamw_state(train, tmp_path)
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and list(losses(tmp_path / 'b')) == [8, 9, 10, 11]
 
 
+def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(script, train, tmp_path, dataset):
+    """As it lies in nanoGPT's folder: out/ckpt.pt, data/sums/{train,val}.bin and meta.pkl, no meta.json."""
+    train()
+    theirs = tmp_path / 'data' / 'sums'
+    theirs.mkdir(parents=True)
+    for name in ('train.bin', 'val.bin', 'meta.pkl'):
+        (theirs / name).write_bytes((dataset / name).read_bytes())
+    saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    keys = ('model', 'optimizer', 'model_args', 'iter_num')
+    torch.save({**{k: saved[k] for k in keys}, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': 'sums'}},
+               tmp_path / 'out' / 'nano.pt')  # fmt: skip
+    nano = f'--init_from={tmp_path}/out/nano.pt'
+    outcome = script('sample.py', nano, '--start=1+', '--num_samples=1', '--max_new_tokens=20', '--device=cpu')
+    assert outcome.status == 0 and outcome.err == '' and set(outcome.out) <= set('0123456789+=\n-')
+    outcome = script('train.py', *TINY, nano, f'--dataset={theirs}', '--eval_only=True', f'--out_dir={tmp_path / "b"}')
+    assert f'val loss {saved["best_val_loss"]:.4f}' in outcome.out
+    outcome = script('train.py', *TINY, nano, f'--dataset={theirs}', '--max_iters=10', f'--out_dir={tmp_path / "b"}')
+    assert outcome.status == 0 and list(losses(tmp_path / 'b')) == [8, 9]
+
+
 def test_the_log_has_the_documented_kinds_and_fields(train, tmp_path):
     train()
     log = runlog.read(str(tmp_path / 'out'))
@@ -210,14 +230,54 @@ def test_only_the_best_is_kept_when_asked(train, tmp_path):
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()  # no evaluation was better than the first
 
 
-def test_wandb_offline_receives_the_run(train, tmp_path, monkeypatch):
-    pytest.importorskip('wandb')
+def charts_of(tmp_path):
+    """{chart: {iteration: value}} of the TensorBoard files in tmp_path/out, as TensorBoard reads them."""
+    event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    events = event_accumulator.EventAccumulator(str(tmp_path / 'out' / 'tensorboard')).Reload()
+    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()['scalars']}
+
+
+def test_tensorboard_shows_what_the_log_says_over_a_resume(train, tmp_path):
+    pytest.importorskip('tensorboard')
+    arguments = ('--tensorboard_log=True', '--optimizer=adamcpr', '--kappa_init_method=warm_start',
+                 '--kappa_init_param=3')  # fmt: skip
+    assert train(*arguments).status == 0
+    train('--init_from=resume', '--max_iters=12', *arguments)
+    charts = charts_of(tmp_path)
+    assert charts['train/loss'] == pytest.approx(losses(tmp_path / 'out'))
+    val = {e['iter']: e['val_loss'] for e in entries(tmp_path / 'out', 'eval')}
+    assert charts['val/loss'] == pytest.approx(val) and list(val) == [0, 4, 8, 12]
+    name = 'transformer.h.0.mlp.c_fc.weight'
+    for key in ('norm', 'ratio', 'kappa', 'lagmul'):
+        written = {e['iter']: e['tensors'][name].get(key) for e in entries(tmp_path / 'out', 'norms')}
+        written = {i: value for i, value in written.items() if value is not None}
+        assert charts[f'{key}/{name}'] == pytest.approx(written) and written
+
+
+def test_wandb_offline_receives_the_same_charts(train, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    outcome = train('--wandb_log=True', '--wandb_run_name=t')
+    logged, log = {}, wandb.Run.log
+
+    def spy(self, data, step=None, **kwargs):
+        logged.setdefault(step, {}).update(data)
+        return log(self, data, step=step, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, 'log', spy)
+    outcome = train('--wandb_log=True', '--wandb_run_name=t', '--max_iters=4', '--norm_log_interval=4')
     assert outcome.status == 0, outcome.err
     assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
+    assert {i: v['train/loss'] for i, v in logged.items() if 'train/loss' in v} == losses(tmp_path / 'out')
+    assert logged[4]['val/loss'] == entries(tmp_path / 'out', 'eval')[-1]['val_loss']
+    assert logged[4]['norm/transformer.wte.weight'] > 0 and logged[0]['ratio/transformer.wte.weight'] == 1
+
+
+def test_tensorboard_that_is_not_installed_ends_with_one_error_line(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    bad(train('--tensorboard_log=True'), 'pip install tensorboard')
+    assert not (tmp_path / 'out').exists()
 
 
 # -- stopping and going on
@@ -333,7 +393,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset)
     assert process.returncode == 2 and 'could not write' in err and 'the checkpoint before it' in err
     assert [line for line in err.splitlines() if line.startswith('error: ')] == err.splitlines()
     assert (out / 'ckpt.pt').read_bytes() == before
-    assert sorted(p.name for p in out.iterdir()) == ['.lock', 'ckpt.pt', 'log.jsonl']
+    assert sorted(p.name for p in out.iterdir()) == ['.lock', 'ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
     assert start(out, dataset, '--init_from=resume', '--max_iters=12').wait(timeout=60) == 0
 
 
@@ -378,14 +438,14 @@ def test_a_run_resumes_in_another_dtype(train, tmp_path):
 
 
 def test_skipped_steps_are_counted_over_a_resume(train, tmp_path, monkeypatch):
-    measure = AdamW._measure_gradients
+    measure = AdamW._measure
 
     def once_not_finite(self, tensors):
         if self.state[tensors[0].params[0]]['step'] == 3 and self.skipped_steps == 0:
             tensors[0].params[0].grad[0] = float('inf')
         return measure(self, tensors)
 
-    monkeypatch.setattr(AdamW, '_measure_gradients', once_not_finite)
+    monkeypatch.setattr(AdamW, '_measure', once_not_finite)
     train()
     train('--init_from=resume', '--max_iters=10')
     assert [e['skipped_steps'] for e in entries(tmp_path / 'out', 'train')] == [0, 0, 0] + [1] * 7
@@ -492,7 +552,7 @@ def test_damaged_data_ends_with_one_error_line(train, tmp_path, dataset):
 
 
 def test_a_damaged_checkpoint_ends_with_one_error_line_and_stays(train, tmp_path):
-    train()
+    train('--keep_checkpoints=1')
     path = tmp_path / 'out' / 'ckpt.pt'
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b'', b'not a checkpoint', whole[:-1000] + b'\0' * 1000):
@@ -567,6 +627,71 @@ def test_wandb_that_does_not_start_ends_with_one_error_line_and_leaves_the_log(t
     assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before
 
 
-def test_torchrun_with_several_processes_is_refused(train, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    bad(train(), 'one process')
+# -- what goes wrong by itself
+
+
+def test_fewer_checkpoints_are_kept_when_fewer_are_asked_for(train, tmp_path):
+    train('--always_save_checkpoint=True', '--checkpoint_interval=2', '--keep_checkpoints=4')
+    assert (tmp_path / 'out' / 'ckpt.3.pt').exists()
+    train('--init_from=resume', '--max_iters=12', '--keep_checkpoints=1')
+    assert [p.name for p in (tmp_path / 'out').glob('ckpt*')] == ['ckpt.pt']
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it_and_the_log_says_so(train, tmp_path):
+    train('--max_iters=12', out='whole')
+    for content in (lambda b: b[: len(b) // 2], lambda b: b[:60000] + bytes([b[60000] ^ 1]) + b[60001:]):
+        train()
+        path = tmp_path / 'out' / 'ckpt.pt'
+        path.write_bytes(content(path.read_bytes()))
+        outcome = train('--max_iters=12', '--init_from=auto')
+        assert outcome.status == 0 and 'ckpt.pt is damaged' in outcome.out and 'at iteration 4' in outcome.out
+        assert losses(tmp_path / 'out') == losses(tmp_path / 'whole')
+        entry = entries(tmp_path / 'out', 'damaged')[0]
+        assert entry['iter'] == 4 and entry['used'].endswith('ckpt.1.pt') and entry['reason']
+        assert {p.name for p in (tmp_path / 'out').glob('ckpt*')} >= {'ckpt.1.pt', 'ckpt.pt', 'ckpt.pt.damaged'}
+
+
+def test_as_many_checkpoints_are_kept_as_asked_and_a_new_run_starts_without_them(train, tmp_path):
+    train('--keep_checkpoints=3', '--checkpoint_interval=1', '--eval_interval=8')
+    kept = {p.name: checkpoint.load(p)['iter_num'] for p in (tmp_path / 'out').glob('ckpt*')}
+    assert kept == {'ckpt.pt': 8, 'ckpt.1.pt': 7, 'ckpt.2.pt': 6}
+    train('--max_iters=2')
+    kept = {p.name: torch.load(p)['iter_num'] for p in (tmp_path / 'out').glob('ckpt*')}
+    assert kept == {'ckpt.pt': 2, 'ckpt.pt.old': 8}
+
+
+def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(train, tmp_path, monkeypatch):
+    step = AdamW.step
+
+    def spoil(self, *args):
+        result = step(self, *args)
+        if self.state[self.param_groups[0]['params'][0]]['step'] == 6:
+            self.param_groups[0]['params'][0].data.mul_(300)
+        return result
+
+    train()
+    assert not any('spike' in e for e in entries(tmp_path / 'out', 'train'))
+    monkeypatch.setattr(AdamW, 'step', spoil)
+    outcome = train(out='spoilt')
+    assert [e['iter'] for e in entries(tmp_path / 'spoilt', 'train') if e.get('spike')] == [6, 7]
+    assert outcome.out.count('SPIKE') == 2
+    train('--max_iters=6', out='resumed')
+    train('--init_from=resume', out='resumed')
+    train('--loss_spike=0.0', out='off')
+    for out, marked in (('resumed', [6, 7]), ('off', [])):
+        assert [e['iter'] for e in entries(tmp_path / out, 'train') if e.get('spike')] == marked
+
+
+def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(train, tmp_path, monkeypatch):
+    measure = AdamW._measure
+
+    def not_finite(self, batches):
+        if self.state[batches[0].params[0]]['step'] == 5:
+            batches[0].params[1].grad.fill_(float('nan'))
+        return measure(self, batches)
+
+    monkeypatch.setattr(AdamW, '_measure', not_finite)
+    outcome = train('--max_iters=100', '--max_skipped_steps=3')
+    bad(outcome, 'no finite gradient in 3 steps up to iteration 7', 'transformer.wpe.weight nan')
+    assert max(losses(tmp_path / 'out')) == 7
+    assert train('--max_iters=12', '--max_skipped_steps=0', out='never').status == 0

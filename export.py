@@ -1,0 +1,89 @@
+"""A trained model as a folder of Hugging Face transformers: config, weights in safetensors, and the tokenizer.
+
+    python export.py out-gpt2-cpr hf-gpt2-cpr
+    python -c "from transformers import pipeline; print(pipeline('text-generation', 'hf-gpt2-cpr')('Once'))"
+
+OUT_DIR is a run's, or the path of a checkpoint. The folder opens with GPT2LMHeadModel.from_pretrained, and train.py and
+sample.py take it as --init_from. Biases that the model does not have become zeros, which compute the same.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from data.prepare import Arguments, tokenizer_of
+from model import GELU_APPROXIMATE, is_conv1d
+from runtime import fail
+
+
+def model_of(gpt, end):
+    """transformers.GPT2LMHeadModel with the weights of `gpt`, a GPT.  end: id of the end-of-text token, or None."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    own = gpt.config
+    activation = {approximate: name for name, approximate in reversed(GELU_APPROXIMATE.items())}
+    config = GPT2Config(
+        vocab_size=own.vocab_size, n_positions=own.block_size, n_embd=own.n_embd, n_layer=own.n_layer,
+        n_head=own.n_head, activation_function=activation[own.gelu_approximate], bos_token_id=end, eos_token_id=end,
+        resid_pdrop=own.dropout, embd_pdrop=own.dropout, attn_pdrop=own.dropout,
+    )  # fmt: skip
+    theirs, weights = GPT2LMHeadModel(config), gpt.state_dict()
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        if name not in weights and name.endswith('.bias'):
+            state[name] = torch.zeros_like(tensor)
+        else:
+            state[name] = weights[name].t() if is_conv1d(name) else weights[name]
+    theirs.load_state_dict(state)
+    # what the pipeline generates unless told otherwise, 256 tokens, may be more than the model has positions for
+    theirs.generation_config.max_new_tokens = min(256, own.block_size // 2)
+    return theirs
+
+
+def tokenizer_for_transformers(tokens, block_size):
+    """The PreTrainedTokenizerFast that encodes and decodes as `tokens`, one of data/prepare.py's, does."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    special = {}
+    if tokens.meta['tokenizer'] == 'char':
+        converted = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens.itos)}, merges=[]))
+        converted.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), behavior='isolated')
+        converted.decoder = decoders.Fuse()
+    else:
+        name = '<|endoftext|>'
+        special = {'bos_token': name, 'eos_token': name, 'unk_token': name}
+        converter = TikTokenConverter(pattern=tokens.pattern, extra_special_tokens=[name])
+        converter.load_tiktoken_bpe = lambda _: tokens.encoding._mergeable_ranks  # they are in memory already
+        converted = converter.converted()
+    return PreTrainedTokenizerFast(tokenizer_object=converted, model_max_length=block_size,
+                                   clean_up_tokenization_spaces=False, **special)  # fmt: skip
+
+
+if __name__ == '__main__':
+    arguments = Arguments(__doc__)
+    arguments.add_argument('out_dir', metavar='OUT_DIR')
+    arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='is made; it must not be there yet')
+    arguments.add_bpe_file()
+    args = arguments.parse_args()
+    if args.hf_dir.exists():
+        fail(f'{args.hf_dir} is there already; name another folder, or remove it')
+    path = args.out_dir if checkpoint.is_at(args.out_dir) else os.path.join(args.out_dir, 'ckpt.pt')
+    gpt, saved = checkpoint.load_model(path)
+    tokens = tokenizer_of(path, saved, args.bpe_file)
+    temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')
+    try:
+        model_of(gpt, tokens.end).save_pretrained(temporary)
+        tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)
+        os.replace(temporary, args.hf_dir)
+    except ImportError as e:
+        fail(f'{e.name} is not installed; run: pip install transformers')
+    except Exception as e:  # of the disk: safetensors has its own
+        fail(f'cannot write {args.hf_dir} ({e}); make room, or choose another folder')
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f'{args.hf_dir}: {sum(f.stat().st_size for f in args.hf_dir.iterdir()) / 1e6:.1f} MB')

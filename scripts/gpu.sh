@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# All that needs a GPU in one go: tests, compute-sanitizer, benchmarks; what they print goes to $OUT (default out-gpu).
+#
+#     bash scripts/gpu.sh                        all of it
+#     bash scripts/gpu.sh tests optimizer        only these
+#     PYTHON=python3 OUT=/tmp/figures bash scripts/gpu.sh
+#
+# No step keeps the next from running; the exit status is the number of those that failed.
+cd "$(dirname "$0")/.." || exit
+PYTHON=${PYTHON:-python}
+OUT=${OUT:-out-gpu}
+mkdir -p "$OUT"
+names=" $* "
+failed=0
+
+step() { # step NAME COMMAND...: its output goes to $OUT/NAME.txt and to the terminal
+    [[ $names == "  " || $names == *" $1 "* ]] || return
+    echo "== $1: ${*:2}"
+    "${@:2}" 2>&1 | tee "$OUT/$1.txt"
+    if [ "${PIPESTATUS[0]}" != 0 ]; then
+        failed=$((failed + 1))
+        echo "== $1 failed"
+    fi
+}
+
+step machine nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
+step versions "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'
+step tests "$PYTHON" -m pytest -q -s tests/test_fused.py
+# torch's cache would hide an access beyond a tensor: it has no gaps
+step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
+    "$PYTHON" -m pytest -q tests/test_fused.py -k 'takes_the_steps or any_number or aligned'
+step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
+step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
+step train "$PYTHON" bench.py --what=train
+exit "$failed"

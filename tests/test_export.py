@@ -1,0 +1,116 @@
+"""export.py: what transformers opens is the model that was trained, and comes back as it went."""
+
+import json
+
+import pytest
+import torch
+
+import checkpoint
+from data.prepare import CharTokenizer, GPT2Tokenizer, tokenizer, write_dataset
+from model import GPT, GPTConfig
+
+transformers = pytest.importorskip('transformers')
+TEXT = "It's a test,  with\n\n spaces; é 数 and 2,000 numbers.\n"
+
+
+@pytest.fixture
+def gpt2_set(tmp_path, bpe_file):
+    documents = {'train': [TEXT * 20], 'val': [TEXT]}
+    write_dataset(tmp_path / 'corpus', documents, GPT2Tokenizer(bpe_file), {}, end_of_text=True)
+    return tmp_path / 'corpus'
+
+
+def save(out_dir, dataset, **model_args):
+    torch.manual_seed(0)
+    model_args = dict(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16, bias=False) | model_args
+    model = GPT(GPTConfig(**model_args))
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)  # biases and norms, too
+    out_dir.mkdir()
+    checkpoint.save(out_dir / 'ckpt.pt', {'model': model.state_dict(), 'optimizer': {}, 'model_args': model_args,
+                                          'iter_num': 0, 'best_val_loss': 1e9, 'config': {'dataset': str(dataset)}})
+    return model.eval()
+
+
+def logits(model, x):
+    with torch.no_grad():
+        return model(x, x)[0]  # with targets, for all positions
+
+
+@pytest.mark.parametrize('model_args', [{}, {'bias': True}, {'bias': True, 'gelu_approximate': 'tanh', 'dropout': 0.1}])
+def test_transformers_computes_the_same_logits_and_the_way_back_too(script, tmp_path, gpt2_set, model_args):
+    model = save(tmp_path / 'out', gpt2_set, **model_args)
+    outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / 'hf' / 'model.safetensors').is_file() and not (tmp_path / 'hf.tmp').exists()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / 'hf').eval()
+    x = torch.randint(50257, (3, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, logits(model, x), rtol=0, atol=1e-4)
+    back = GPT.from_pretrained(str(tmp_path / 'hf')).eval()
+    torch.testing.assert_close(logits(back, x), logits(model, x), rtol=0, atol=1e-6)
+
+
+def test_its_tokenizer_and_pipeline_speak_gpt2(script, tmp_path, gpt2_set, bpe_file):
+    save(tmp_path / 'out', gpt2_set, vocab_size=50257)
+    assert script('export.py', tmp_path / 'out', tmp_path / 'hf').status == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    ours = GPT2Tokenizer(bpe_file)
+    for text in (TEXT, 'a<|endoftext|>b', '  \n\t x', ''):
+        assert theirs.encode(text) == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == 50256
+    generate = transformers.pipeline('text-generation', str(tmp_path / 'hf'))
+    text = generate('It is', max_new_tokens=8, do_sample=False)[0]['generated_text']
+    assert text.startswith('It is') and len(text) > 5
+    assert generate('It is')[0]['generated_text'].startswith('It is'), 'no more than the model has positions for'
+
+
+def test_a_character_model_keeps_its_characters(script, tmp_path):
+    char = CharTokenizer(sorted(set(TEXT)))
+    write_dataset(tmp_path / 'chars', {'train': [TEXT], 'val': [TEXT]}, char, {})
+    save(tmp_path / 'out', tmp_path / 'chars', vocab_size=len(char.itos))
+    assert script('export.py', tmp_path / 'out' / 'ckpt.pt', tmp_path / 'hf').status == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    assert theirs.encode(TEXT) == char.encode(TEXT) and theirs.decode(char.encode(TEXT)) == TEXT
+
+
+def test_an_exported_folder_is_trained_on_and_sampled(script, tmp_path, gpt2_set):
+    save(tmp_path / 'out', gpt2_set, bias=True)
+    script('export.py', tmp_path / 'out', tmp_path / 'hf')
+    out = f'--out_dir={tmp_path / "on"}'
+    outcome = script('train.py', f'--init_from={tmp_path / "hf"}', f'--dataset={gpt2_set}', out, '--max_iters=1',
+                     '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
+                     '--eval_iters=1', '--compile=False', '--device=cpu')  # fmt: skip
+    assert outcome.status == 0 and 'val loss' in outcome.out, outcome.err
+    outcome = script('sample.py', out, '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
+    assert (outcome.status, outcome.err) == (0, '')  # the vocabulary lies beside the data set
+
+
+def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_set):
+    save(tmp_path / 'out', gpt2_set)
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'llama').mkdir()
+    (tmp_path / 'llama' / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
+    for arguments, says in (
+        (('export.py', tmp_path / 'out'), 'HF_DIR'),
+        (('export.py', tmp_path / 'nowhere', tmp_path / 'hf'), 'no checkpoint'),
+        (('export.py', tmp_path / 'out', tmp_path / 'there'), 'is there already'),
+        (('train.py', f'--init_from={tmp_path / "llama"}', f'--dataset={gpt2_set}', f'--out_dir={tmp_path / "hf"}'),
+         "is no GPT-2: its config.json says model_type='llama'"),
+    ):  # fmt: skip
+        outcome = script(*arguments)
+        assert outcome.status == 2 and outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
+        assert says in outcome.err and not (tmp_path / 'hf').exists()
+
+
+def test_without_transformers_the_command_is_named(script, tmp_path, gpt2_set, monkeypatch):
+    save(tmp_path / 'out', gpt2_set)
+    monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
+    outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
+    assert outcome.status == 2 and 'pip install transformers' in outcome.err and not (tmp_path / 'hf').exists()
+
+
+def test_tokenizer_named_in_meta_is_enough_to_decode(gpt2_set, bpe_file):
+    meta = json.loads((gpt2_set / 'meta.json').read_text())
+    assert tokenizer(meta, gpt2_set).decode(GPT2Tokenizer(bpe_file).encode(TEXT)) == TEXT
