@@ -1,5 +1,7 @@
 """Three pictures of one run or of several laid over each other, drawn from the log.jsonl of each and nothing else.
 
+With --watch they are drawn again whenever a log has grown, until Ctrl-C.
+
 loss.png    validation and training loss
 ratio.png   the norm of the weights over its norm at the start (AdamWN paper, arXiv 2311.11446, Figure 3)
 tensor.png  one tensor: squared norm and its bound kappa, growth, lambda, and the validation loss
@@ -11,6 +13,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 
 import matplotlib
@@ -92,15 +95,13 @@ def _number(value):
 
 
 def load(out_dir, name, style):
-    """The run in `out_dir`. Fails where there is no log, or neither a training nor a validation loss in it."""
+    """The run in `out_dir`. Fails where there is no log."""
     config, entries = {}, {}
     for entry in runlog.read(out_dir):
         if entry.get('kind') == 'config':
             config = entry.get('config', {})
         elif 'iter' in entry:
             entries.setdefault(entry.get('kind'), {})[entry['iter']] = entry
-    if not entries.keys() & {'train', 'eval'}:
-        fail(f'{os.path.join(out_dir, runlog.NAME)} has no loss yet; let the run reach its first evaluation')
     optimizer = config.get('optimizer', '')
     words = re.split('[^a-z0-9]+', name.lower())
     if optimizer and optimizer not in words and optimizer.removeprefix('adam') not in words:
@@ -302,19 +303,12 @@ class Arguments(argparse.ArgumentParser):
 
 
 @matplotlib.rc_context(STYLE)
-def main(argv):
-    parser = Arguments(
-        usage='python plot.py OUT_DIR... [--out=FOLDER] [--tensor=NAME]',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument('out_dirs', nargs='+', metavar='OUT_DIR', help='out_dir of a run, where its log.jsonl is')
-    parser.add_argument('--out', metavar='FOLDER', help="where to write; default: one run's OUT_DIR, plots for several")
-    parser.add_argument('--tensor', metavar='NAME', help='tensor.png shows this one; a part of its name will do')
-    args = parser.parse_args(argv)
-
+def draw_all(args):
+    """Write the pictures of the runs in args.out_dirs. Fails where one has neither a training nor a validation loss."""
     runs = load_all(args.out_dirs)
+    for out_dir, run in zip(args.out_dirs, runs, strict=True):
+        if not has_loss(run):
+            fail(f'{os.path.join(out_dir, runlog.NAME)} has no loss yet; let the run reach its first evaluation')
     with_norms = [run for run in runs if run.tensors()]
     tensor = choose_tensor(with_norms, args.tensor)
     figures = {'loss.png': loss_figure(runs)}
@@ -332,6 +326,47 @@ def main(argv):
     for run in runs:
         if not run.tensors():
             print(f'note: {run.name} has no norms in its log yet and is left out of ratio.png and tensor.png')
+
+
+def has_loss(run):
+    return bool(run.entries.keys() & {'train', 'eval'})
+
+
+def watch(args, seconds=2.0):
+    """draw_all() whenever a log has changed, as soon as all runs have a loss; looks every so many seconds."""
+    drawn = None
+    while True:
+        logs = [os.path.join(out_dir, runlog.NAME) for out_dir in args.out_dirs]
+        state = [(os.path.getmtime(log), os.path.getsize(log)) if os.path.isfile(log) else None for log in logs]
+        if state != drawn and None not in state and all(map(has_loss, load_all(args.out_dirs))):
+            draw_all(args)
+            sys.stdout.flush()
+            drawn = state
+        time.sleep(seconds)
+
+
+def main(argv):
+    parser = Arguments(
+        usage='python plot.py OUT_DIR... [--out=FOLDER] [--tensor=NAME] [--watch]',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('out_dirs', nargs='+', metavar='OUT_DIR', help='out_dir of a run, where its log.jsonl is')
+    parser.add_argument('--out', metavar='FOLDER', help="where to write; default: one run's OUT_DIR, plots for several")
+    parser.add_argument('--tensor', metavar='NAME', help='tensor.png shows this one; a part of its name will do')
+    parser.add_argument('--watch', action='store_true', help='draw again whenever a log has grown, until Ctrl-C')
+    args = parser.parse_args(argv)
+    if not args.watch:
+        draw_all(args)
+        return
+    for out_dir in args.out_dirs:
+        if not os.path.isdir(out_dir):
+            fail(f'there is no folder {out_dir} to watch; start the run first')
+    try:
+        watch(args)
+    except KeyboardInterrupt:
+        print()
 
 
 if __name__ == '__main__':

@@ -257,6 +257,28 @@ def test_a_run_without_norms_is_noted_and_left_out(tmp_path, runs, capsys):
     assert sorted(os.listdir(tmp_path / 'both')) == ['loss.png', 'ratio.png', 'tensor.png']
 
 
+def test_watching_draws_as_soon_as_there_is_a_loss_and_again_when_the_log_has_grown(tmp_path, monkeypatch, capsys):
+    """Each sleep is a moment in the run's life; nothing is drawn where nothing was written."""
+    out = tmp_path / 'run'
+    out.mkdir()
+    moments = iter([
+        lambda: write_log(out, norms()), lambda: write_log(out, norms() + losses()), lambda: None,
+        lambda: write_log(out, norms() + losses(iters=range(0, 2001, 10))),
+    ])  # fmt: skip
+    drawn = []
+
+    def sleep(_):
+        drawn.append(capsys.readouterr().out.count('loss.png'))
+        moment = next(moments, None)
+        if moment is None:
+            raise KeyboardInterrupt
+        moment()
+
+    monkeypatch.setattr(plot.time, 'sleep', sleep)
+    plot.main([str(out), '--watch'])
+    assert drawn == [0, 0, 1, 0, 1]
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -277,6 +299,10 @@ def test_a_mistake_in_the_arguments_is_one_line_with_the_usage(runs, capsys):
 
 def test_a_folder_without_a_log_is_named(tmp_path, runs, capsys):
     assert 'nowhere' in error_of([runs[0], str(tmp_path / 'nowhere')], capsys)
+
+
+def test_a_folder_that_is_not_there_is_not_watched(tmp_path, capsys):
+    assert f'there is no folder {tmp_path}/nowhere' in error_of(['--watch', str(tmp_path / 'nowhere')], capsys)
 
 
 def test_a_log_without_a_loss_is_named(tmp_path, capsys):

@@ -1,0 +1,36 @@
+# config/train_scarce_adamw.py with AdamCPR, Kappa-IP.
+#
+#     python data/shakespeare_scarce/prepare.py
+#     python train.py config/train_scarce_cpr.py
+#
+# Kappa-WS, with the norms at the end of the warm-up as bounds:
+#
+#     python train.py config/train_scarce_cpr.py --kappa_init_method=warm_start --kappa_init_param=40
+out_dir = 'out-scarce-cpr'
+wandb_project = 'scarce'
+wandb_run_name = 'scarce-cpr'
+optimizer = 'adamcpr'
+kappa_init_method = 'inflection_point'
+reg_step_size = 16  # a fiftieth of the run between two looks at the growth
+
+dataset = 'shakespeare_scarce'
+batch_size = 16
+block_size = 64
+gradient_accumulation_steps = 1
+
+n_layer = 2
+n_head = 4
+n_embd = 64
+
+learning_rate = 1e-2  # a small model can take a high one
+min_lr = 1e-4
+warmup_iters = 40
+max_iters = 800
+lr_decay_iters = max_iters
+beta2 = 0.99  # few tokens an iteration: average the squares over more of them
+
+eval_interval = 100
+eval_iters = 0
+log_interval = 100
+norm_log_interval = 200
+compile = False  # takes longer than it saves here

@@ -1,0 +1,33 @@
+# config/train_scarce_adamw.py with AdamWN: the norm of every weight matrix is steered to twice what it starts with.
+#
+#     python data/shakespeare_scarce/prepare.py
+#     python train.py config/train_scarce_wn.py
+out_dir = 'out-scarce-wn'
+wandb_project = 'scarce'
+wandb_run_name = 'scarce-wn'
+optimizer = 'adamwn'
+wn_ratio = 2.0
+wn_rate = 1e-2
+wn_ramp_iters = 200  # a quarter of the run
+
+dataset = 'shakespeare_scarce'
+batch_size = 16
+block_size = 64
+gradient_accumulation_steps = 1
+
+n_layer = 2
+n_head = 4
+n_embd = 64
+
+learning_rate = 1e-2  # a small model can take a high one
+min_lr = 1e-4
+warmup_iters = 40
+max_iters = 800
+lr_decay_iters = max_iters
+beta2 = 0.99  # few tokens an iteration: average the squares over more of them
+
+eval_interval = 100
+eval_iters = 0
+log_interval = 100
+norm_log_interval = 200
+compile = False  # takes longer than it saves here
