@@ -4,6 +4,7 @@ import base64
 import os
 import runpy
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # before anything imports triton: the kernels then run on the CPU
+os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports datasets or transformers; in the scripts' processes, too
 
 from data.prepare import CharTokenizer, write_dataset  # noqa: E402
 
@@ -31,6 +33,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A name of another machine is answered at once: where a firewall swallows the question, it never is."""
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        if host not in (None, 'localhost', '127.0.0.1', '::1', socket.gethostname()):
+            raise socket.gaierror(socket.EAI_AGAIN, f'no network in tests: {host}')
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
 
 
 @pytest.fixture(autouse=True, scope='session')

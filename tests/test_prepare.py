@@ -30,7 +30,7 @@ def prepare(monkeypatch, capsys, tmp_path, bpe_file):
     def run(name, *arguments, out='out'):
         script = str(ROOT / 'data' / name / 'prepare.py')
         given = [*map(str, arguments), '--out_dir', str(tmp_path / out)]
-        if '--tokenizer' not in given:
+        if not {'--tokenizer', '--bpe_file'} & {*given}:
             given += ['--bpe_file', str(bpe_file)]
         monkeypatch.setattr(sys, 'argv', [script, *given])
         monkeypatch.setattr(sys, 'path', sys.path.copy())
@@ -89,6 +89,15 @@ def test_every_format_gives_the_same_tokens(prepare, tmp_path):
         assert prepare('openwebtext', '--data_files', tmp_path / name, *options, out='out') == (0, ''), name
         bins[name] = [(tmp_path / 'out' / f'{split}.bin').read_bytes() for split in ('train', 'val')]
     assert all(content == bins[whole.name] for content in bins.values()) and len(bins[whole.name][1]) > 100
+
+
+def test_local_files_are_prepared_without_asking_the_network(prepare, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets.config, 'HF_UPDATE_DOWNLOAD_COUNTS', True)
+    monkeypatch.setattr(datasets.load, 'get_session', lambda: asked.append('how often a data set was loaded'))
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS))
+    assert prepare('openwebtext', '--data_files', tmp_path / 'a.jsonl') == (0, '') and not asked
 
 
 def test_a_text_file_is_a_document(prepare, tmp_path):

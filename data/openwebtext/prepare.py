@@ -98,6 +98,7 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
                              'files') from e  # fmt: skip
     else:
         where = data_files
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files are nobody's to count, over the network least
         files = sorted(os.path.abspath(path) for path in glob.glob(data_files, recursive=True))
         if not files:
             raise ValueError(f'no file is called {data_files}; a pattern needs quotes in the shell')
