@@ -2,7 +2,7 @@
 
 Started without torchrun there is one process, no process group, and everything here does nothing. What moves tensors
 is torch.distributed's: DistributedDataParallel, ZeroRedundancyOptimizer, fully_shard, and all_reduce and broadcast of a
-few numbers.
+few numbers. Of those, what takes long to import is imported where it is used: one process starts without it.
 """
 
 import functools
@@ -16,12 +16,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-import folders
 import shards
 from runtime import DTYPES, fail
 
@@ -52,6 +48,9 @@ class Ranks:
         return torch.compile(self._net) if compile else self._net  # with DDP inside, its communication overlaps
 
     def _spread(self, model, rt, compile, shard_size):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         if shard_size and self.world_size % shard_size:
             fail(f'fsdp_shard_size={shard_size} does not divide the {self.world_size} processes; choose one that does')
         sizes = (self.world_size,)
@@ -85,6 +84,8 @@ class Ranks:
         self._opt = opt
         if self.engine != 'zero':
             return opt
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         groups = [part for group in opt.param_groups for part in _uniform(group)]
         if sum(len(group['params']) for group in groups) < self.world_size:
             fail(f"parallel='zero' has fewer tensors than the {self.world_size} processes; use 'ddp'")
@@ -122,6 +123,8 @@ class Ranks:
 
     def parts(self, model, opt):
         """{name: tensor} of what this process has of parameters and states, as folders.py writes them."""
+        import folders
+
         params = dict(model.named_parameters())
         states = {name: self.local(opt).state.get(p, {}) for name, p in params.items()}
         return folders.tensors(params, states)
@@ -129,6 +132,8 @@ class Ranks:
     def read_parts(self, folder, model, opt):
         """Fill model's parameters from `folder`; returns the states there of this process's parameters, as
         load_optimizer takes them."""
+        import folders
+
         params = dict(model.named_parameters())
         own = {id(p) for group in self.local(opt).param_groups for p in group['params']}
         states = folders.read(folder, params, {name for name, p in params.items() if id(p) in own})

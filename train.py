@@ -22,7 +22,6 @@ from itertools import zip_longest
 import torch
 
 import checkpoint
-import folders
 import runlog
 from configurator import check, configure
 from cpr import AdamCPR, AdamW, AdamWN, weight_norms
@@ -355,6 +354,7 @@ try:
     # a checkpoint from elsewhere has its history elsewhere
     log = runlog.RunLog(out_dir if ranks.rank == 0 else None, iter_num if init_from == 'resume' else 0, charts)
     if sharded_checkpoint:
+        import folders  # here, because one process need not wait until it is imported
         writer = folders.Writer(out_dir, keep_checkpoints, ranks.rank)
     else:
         writer = checkpoint.Writer(ckpt_path, keep_checkpoints)
