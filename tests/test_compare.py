@@ -166,7 +166,7 @@ def test_finished_runs_are_not_made_again(recipe):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(recipe, tmp_path):
-    out, arguments = tmp_path / 'killed', recipe[1]
+    out, arguments = tmp_path / 'killed', [word for word in recipe[1] if not word.startswith(WN)]
     process = start(out, *arguments, '--jobs=1', start_new_session=True)
     while not list(out.glob('runs/*/seed2/log.jsonl')):  # the first run is done, the second under way
         assert process.poll() is None, process.communicate()
@@ -178,7 +178,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(recipe, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert files(out / 'runs' / 'train_char_adamw' / 'seed1') == done
-    assert results(out) == results(recipe[0])
+    assert results(out).items() <= results(recipe[0]).items() and len(results(out)) == 2
 
 
 def test_other_settings_than_those_of_the_runs_there_are_refused(recipe, monkeypatch, capsys):
