@@ -309,6 +309,7 @@ def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
 def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
     """Killed while it asks for the documents of a task: most of those asked for before are not asked for again."""
     monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
+    monkeypatch.setattr('data.prepare.DOCUMENTS_A_TASK', 32)
     monkeypatch.setattr('data.prepare.cores', lambda: 1)
     documents = {'train': [[i] for i in range(1000)], 'val': [[7]] * 40}  # 32 tasks and 2
     ids, asked = Ids(1000), tmp_path / 'asked'

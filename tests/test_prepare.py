@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_every_format_gives_the_same_tokens(prepare, tmp_path):
         assert prepare('openwebtext', '--data_files', tmp_path / name, *options, out='out') == (0, ''), name
         bins[name] = [(tmp_path / 'out' / f'{split}.bin').read_bytes() for split in ('train', 'val')]
     assert all(content == bins[whole.name] for content in bins.values()) and len(bins[whole.name][1]) > 100
+
+
+def test_the_benchmark_times_both_recipes_and_compares_their_files(tmp_path, bpe_file):
+    path = write_parquet(tmp_path / 'a.parquet', ['many words ' * 500] * 20)
+    command = [sys.executable, 'bench.py', '--what=prepare', f'--data_files={path}', f'--bpe_file={bpe_file}',
+               '--repeats=1']  # fmt: skip
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert outcome.returncode == 0, outcome.stderr
+    assert 'byte for byte the same: yes' in outcome.stdout and 'peak memory' in outcome.stdout
 
 
 def test_local_files_are_prepared_without_asking_the_network(prepare, tmp_path, monkeypatch):
