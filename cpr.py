@@ -322,7 +322,7 @@ class _NormAdam(Optimizer):
         try:
             for b in batches:
                 b.tensors.take([shards.local(p.grad) for p in b.params])
-            if batches:
+            if batches or self.process_group is not None:  # the other ranks wait for the sums of this one
                 self._measure(batches)
                 self._update(batches)
         finally:
@@ -351,13 +351,15 @@ class _NormAdam(Optimizer):
 
     def _measure(self, batches):
         """The gradients' norm; and for each batch its grad_coef and whether the step goes ahead, 0-d on its device."""
-        found_inf, device, parts = getattr(self, 'found_inf', None), batches[0].device, None
+        found_inf, parts = getattr(self, 'found_inf', None), None
+        devices = (p.device for group in self.param_groups for p in group['params'])
+        device = batches[0].device if batches else next(devices, self.skipped_steps.device)
         for b in reversed(batches):
             b.squares = None if self.max_grad_norm is None else b.passes.sum_of_squares(b.tensors)
             b.found_inf = None if found_inf is None else found_inf.to(b.device)
         self._add_up(batches, gradients=True, R=self.order == 'before' and bool(self._scalars))
         if self.max_grad_norm is not None:
-            parts = [b.squares.to(device) for b in reversed(batches)]
+            parts = [b.squares.to(device) for b in reversed(batches)] or [torch.zeros(1, device=device)]
             parts = torch.cat(parts) if len(parts) > 1 else parts[0]
             if self.process_group is not None:
                 parts = self._sum_of_ranks(parts.sum().reshape(1))
@@ -369,6 +371,9 @@ class _NormAdam(Optimizer):
                 max_norm=self.max_grad_norm, grad_scale=scale, found_inf=b.found_inf,
             )  # fmt: skip
             self.grad_norm = grad_norm if b is batches[0] else self.grad_norm
+        if parts is not None and not batches:
+            self.grad_norm = parts.sum().sqrt()
+            self.skipped_steps += ~self.grad_norm.isfinite()
 
     def _sum_of_ranks(self, x):
         """The sum of x over the ranks that the parameters are divided between."""

@@ -78,11 +78,14 @@ def divided(cls, options):
     for step in range(STEPS):
         for j, (p, q) in enumerate(zip(whole, ours, strict=True)):
             p.grad, q.grad = gradient(step, j), gradient(step, j)
+            if step == STEPS - 1 and j > 0:  # all but one rank are left without a gradient
+                p.grad = q.grad = None
         reference.step()
         opt.step()
         worst = max(worst, difference(opt.optim.grad_norm, reference.grad_norm))
         for p, q in zip(whole, ours, strict=True):
             worst = max(worst, difference(q.detach(), p.detach()))
+    assert opt.optim.skipped_steps == reference.skipped_steps
     return worst
 
 
