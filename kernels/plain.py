@@ -66,23 +66,23 @@ class Tensors:
         return regularizer(self.params[span], self.reg_function)
 
 
-def _dot(piece):
-    """sum(piece ** 2), a Python number."""
-    if piece.dtype != torch.float32:  # squares of so few digits would all round the same way
-        return piece.float().square_().sum().item()
-    rows = piece.numel() // ROW
+def _dot(x):
+    """sum(x ** 2) of a vector on the CPU, a Python number."""
+    if x.dtype != torch.float32:  # in a product, squares of so few digits would all round the same way
+        return sum(piece.float().square_().sum().item() for piece in x.split(PIECE))
+    rows = x.numel() // ROW
     total = 0.0
     if rows:
-        matrix = piece[: rows * ROW].view(rows, 1, ROW)
+        matrix = x[: rows * ROW].view(rows, 1, ROW)
         total = torch.bmm(matrix, matrix.mT).sum().item()
-    if piece.numel() % ROW:
-        rest = piece[rows * ROW :]
+    if x.numel() % ROW:
+        rest = x[rows * ROW :]
         total += torch.dot(rest, rest).item()
     return total
 
 
 def _sum_of_squares(x):
-    """sum(x ** 2), a Python number on the CPU, else 0-d float32. Always the same bits for the same x."""
+    """sum(x ** 2), a Python number on the CPU, else 0-d float32. The same bits as when `adam_` sums piece by piece."""
     if x.is_cpu:
         return sum(_dot(piece) for piece in x.reshape(-1).split(PIECE))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
@@ -106,8 +106,9 @@ def sum_of_squares(t):
     Reads 4 bytes an element (float32). On the CPU the sum does not depend on the order of the gradients.
     """
     # backwards, because Adam's pass, which comes next, starts with the first: that is still in the cache then
-    squares = [_sum_of_squares(x) for x in reversed(t.grads)]
-    return _vector([math.fsum(squares)] if t.on_cpu else squares, t.device)
+    if t.on_cpu:
+        return _vector([math.fsum(_dot(x.reshape(-1)) for x in reversed(t.grads))], t.device)
+    return _vector([_sum_of_squares(x) for x in reversed(t.grads)], t.device)
 
 
 def clip(t, parts, steps, skipped_steps, *, max_norm, grad_scale, found_inf):
