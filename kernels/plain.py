@@ -14,13 +14,11 @@ import math
 
 import torch
 
-# Elements of a tensor that are worked on at a time on the CPU: what one operation wrote is still in the cache when the
-# next reads it.
-PIECE = 1 << 18
-# Squares that BLAS sums in one go. Its float32 sum loses digits with its length, the more the fewer numbers a processor
-# adds at a time: over 2^18 squares 2e-6 of itself, over the 38 million elements of GPT-2's embedding 1e-4, over so many
-# less than 3e-7.
-ROW = 1 << 14
+# Elements that each thread works on at a time on the CPU: what one operation wrote is in its core's cache when the next
+# reads it. BLAS sums the squares of a piece in one go, and its float32 sum loses digits with the length of a thread's
+# part, the more the fewer numbers a processor adds at a time: of so many, 5e-7 of itself at most.
+PIECE = 1 << 16
+ROW = 1 << 14  # elements of a gradient whose squares are summed in one go
 LOW32 = 0xFFFFFFFF
 SMALL = 1 << 12  # elements: the pass over so short a tensor takes less time than the call of it
 
@@ -66,26 +64,33 @@ class Tensors:
         return regularizer(self.params[span], self.reg_function)
 
 
-def _dot(x):
-    """sum(x ** 2) of a vector on the CPU, a Python number."""
-    if x.dtype != torch.float32:  # in a product, squares of so few digits would all round the same way
-        return sum(piece.float().square_().sum().item() for piece in x.split(PIECE))
-    rows = x.numel() // ROW
-    total = 0.0
-    if rows:
-        matrix = x[: rows * ROW].view(rows, 1, ROW)
-        total = torch.bmm(matrix, matrix.mT).sum().item()
-    if x.numel() % ROW:
-        rest = x[rows * ROW :]
-        total += torch.dot(rest, rest).item()
-    return total
+def _pieces(x):
+    """A contiguous tensor on the CPU as vectors of PIECE elements a thread, the last one shorter."""
+    return x.view(-1).split(PIECE * torch.get_num_threads())
+
+
+def _dot(piece):
+    """sum(x ** 2) of a piece, a Python number."""
+    if piece.dtype == torch.float32:
+        return torch.dot(piece, piece).item()
+    return piece.float().square_().sum().item()  # in a product, squares of so few digits would all round the same way
 
 
 def _sum_of_squares(x):
     """sum(x ** 2), a Python number on the CPU, else 0-d float32. The same bits as when `adam_` sums piece by piece."""
     if x.is_cpu:
-        return sum(_dot(piece) for piece in x.reshape(-1).split(PIECE))
+        return sum(_dot(piece) for piece in _pieces(x.contiguous()))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def _sum_of_rows(x):
+    """sum(x ** 2) of a tensor on the CPU, a Python number: in one pass where that is read from memory, not a cache."""
+    rows = x.numel() // ROW if x.dtype == torch.float32 else 0
+    if not rows:
+        return _sum_of_squares(x)
+    x = x.reshape(-1)
+    norms = torch.linalg.vector_norm(x[: rows * ROW].view(rows, ROW), dim=1)
+    return _dot(norms) + _dot(x[rows * ROW :])
 
 
 def _vector(values, device):
@@ -107,7 +112,7 @@ def sum_of_squares(t):
     """
     # backwards, because Adam's pass, which comes next, starts with the first: that is still in the cache then
     if t.on_cpu:
-        return _vector([math.fsum(_dot(x.reshape(-1)) for x in reversed(t.grads))], t.device)
+        return _vector([math.fsum(_sum_of_rows(x) for x in reversed(t.grads))], t.device)
     return _vector([_sum_of_squares(x) for x in reversed(t.grads)], t.device)
 
 
@@ -264,12 +269,12 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
     if t.reg_function != 'l2' or not (on_cpu or order == 'after'):
         sums = 0  # an accelerator cannot ask whether others wrote the weights since: no sum is kept there for later
     if on_cpu:
-        lr, grad_coef, decay = float(lr), float(grad_coef), decay.tolist()
+        lr, decay = float(lr), decay.tolist()
     else:
         skip, decay = (~proceed).float(), torch.where(proceed, decay, 0.0)
     steps = steps.unbind()
     scale = not on_cpu or grad_coef != 1
-    scaled = torch.empty(PIECE) if on_cpu and scale else None
+    scaled = torch.empty(PIECE * torch.get_num_threads()) if on_cpu and scale else None
     squares = [0.0] * sums
     small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (theta, g, m, v, step) of each
 
@@ -280,6 +285,7 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
         )  # fmt: skip
 
     for j, tensors in enumerate(zip(params, t.grads, t.exp_avgs, t.exp_avg_sqs, strict=True)):
+        tensors = [x.detach() for x in tensors]  # autograd has nothing to note of their pieces
         theta, grad = tensors[:2]
         work = [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in tensors]
         copied = [(x, y) for x, y in zip(tensors, work, strict=True) if x is not y and x is not grad]
@@ -291,10 +297,9 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
         if j >= sums and not copied and theta.numel() <= SMALL:
             small.setdefault(weight_decay, []).append((*work, steps[j]))
             continue
-        piece = PIECE if on_cpu else max(theta.numel(), 1)
-        for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(x.view(-1).split(piece) for x in work), strict=True):
+        for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(_pieces(x) if on_cpu else [x] for x in work), strict=True):
             if scale:
-                out = scaled if grad_.numel() == PIECE or not on_cpu else scaled[: grad_.numel()]
+                out = scaled if not on_cpu or grad_.numel() == scaled.numel() else scaled[: grad_.numel()]
                 grad_ = torch.mul(grad_, grad_coef, out=out)
             update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [steps[j]], weight_decay)
             if j < sums and on_cpu and work[0] is theta:
