@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub import only_this_machine
 
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # before anything imports triton: the kernels then run on the CPU
@@ -37,15 +38,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """A name of another machine is answered at once: where a firewall swallows the question, it never is."""
-    look_up = socket.getaddrinfo
-
-    def getaddrinfo(host, *args, **kwargs):
-        if host not in (None, 'localhost', '127.0.0.1', '::1', socket.gethostname()):
-            raise socket.gaierror(socket.EAI_AGAIN, f'no network in tests: {host}')
-        return look_up(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    monkeypatch.setattr(socket, 'getaddrinfo', only_this_machine(socket.getaddrinfo))
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -1,0 +1,91 @@
+"""A data set and a model by their names on the hub, from one on this machine that the real clients talk to."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, TINY
+from hub import Hub
+
+TEXTS = [f'Document {i} has{" many" * (i % 9)} words.' for i in range(90)]
+@pytest.fixture
+def run(tmp_path):
+    """run('train.py', '--key=value', ...) in a process that knows only the hub in tmp_path/hub: (its end, the Hub)."""
+
+    def run(script, *arguments):
+        with Hub(tmp_path / 'hub') as hub:
+            env = {**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '0',
+                   'HF_UPDATE_DOWNLOAD_COUNTS': '0', 'NO_PROXY': '127.0.0.1'}  # fmt: skip
+            command = [sys.executable, str(ROOT / 'tests' / 'hub.py'), str(ROOT / script), *map(str, arguments)]
+            return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120), hub
+
+    return run
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """The folder of two data sets on the hub, one whose texts are in two files, one of two configurations."""
+    folder = tmp_path / 'hub' / 'datasets'
+    for path, texts in (('Skylion007/openwebtext/plain_text/train-00000-of-00002', TEXTS[:40]),
+                        ('Skylion007/openwebtext/plain_text/train-00001-of-00002', TEXTS[40:]),
+                        ('other/texts/small/part', TEXTS[::2]), ('other/texts/large/part', TEXTS)):  # fmt: skip
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({'body' if 'other' in path else 'text': texts}),
+                                    folder / f'{path}.parquet')  # fmt: skip
+    for name, configs in ('Skylion007/openwebtext', ['plain_text']), ('other/texts', ['small', 'large']):
+        card = [f'- config_name: {c}\n  data_files: [{{split: train, path: {c}/*.parquet}}]\n' for c in configs]
+        (folder / name / 'README.md').write_text('---\nconfigs:\n' + ''.join(card) + '---\n')
+    return folder
+
+
+@pytest.fixture
+def prepare(run, bpe_file):
+    return lambda *arguments: run('data/openwebtext/prepare.py', '--bpe_file', bpe_file, *arguments)
+
+
+@pytest.mark.parametrize('arguments, files, column', [
+    ([], 'Skylion007/openwebtext/plain_text', 'text'),
+    (['--dataset=other/texts', '--config=small', '--text_column=body'], 'other/texts/small', 'body'),
+])  # fmt: skip
+def test_a_data_set_by_its_name_is_what_its_files_are(prepare, corpora, tmp_path, arguments, files, column):
+    outcome, hub = prepare(*arguments, '--out_dir=by_name')
+    assert (outcome.returncode, outcome.stderr) == (0, '')
+    assert sorted(path for path in hub.served if path.endswith('.parquet')) == [
+        f'datasets/{files}/{path.name}' for path in sorted((corpora / files).iterdir())]  # fmt: skip
+    outcome, hub = prepare('--data_files', corpora / files / '*', f'--text_column={column}', '--out_dir=local')
+    assert (outcome.returncode, hub.served) == (0, [])
+    for name in ('train.bin', 'val.bin'):
+        assert (tmp_path / 'by_name' / name).read_bytes() == (tmp_path / 'local' / name).read_bytes()
+
+
+def test_what_the_hub_does_not_have_is_said_in_a_line(prepare, run, corpora, dataset, tmp_path):
+    for arguments, said in (
+        (['--dataset=nobody/nothing'], 'nobody/nothing cannot be loaded from the hub'),
+        (['--dataset=other/texts'], "available configs: ['small', 'large']"),
+        (['--dataset=other/texts', '--config=medium'], "'medium' not found"),
+        (['--text_column=body'], "the column 'body' of Skylion007/openwebtext is not there"),
+    ):
+        outcome, _ = prepare(*arguments, '--out_dir=out')
+        assert outcome.returncode == 2 and said in outcome.stderr
+        assert outcome.stderr.startswith('error: ') and outcome.stderr.count('\n') == 1
+        assert not list((tmp_path / 'out').glob('*'))
+    outcome, _ = run('train.py', *TINY, f'--dataset={dataset}', '--init_from=gpt2')
+    assert outcome.returncode == 2 and outcome.stderr.startswith('error: ') and 'check the name' in outcome.stderr
+
+
+def test_a_model_by_its_name_is_what_its_files_are(run, tmp_path, dataset):
+    transformers = pytest.importorskip('transformers')
+    vocab_size = len(json.loads((dataset / 'meta.json').read_text())['itos'])
+    shape = dict(vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, n_positions=16)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / 'hub' / 'gpt2')
+    losses = []
+    for source in ('gpt2', tmp_path / 'hub' / 'gpt2'):
+        outcome, hub = run('train.py', *TINY, f'--dataset={dataset}', f'--init_from={source}', '--eval_only=True')
+        assert outcome.returncode == 0, outcome.stderr
+        assert ('gpt2/model.safetensors' in hub.served) == (source == 'gpt2')
+        losses.append([line for line in outcome.stdout.splitlines() if 'val loss' in line])
+    assert losses[0] and losses[0] == losses[1]
