@@ -66,10 +66,13 @@ def test_moments_of_any_strides_and_precision_are_updated(size):
     torch.testing.assert_close(plain_ones[0][0], odd_ones[0][0], rtol=1e-2, atol=1e-3)
 
 
-def test_squares_are_those_of_what_was_written_to_the_last_bit():
+@pytest.mark.parametrize('threads', [1, 3])  # a piece is as long as they are many
+def test_squares_are_those_of_what_was_written_to_the_last_bit(threads):
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
+    piece = threads * plain.PIECE
     for dtype in (torch.float32, torch.bfloat16):
-        params = [torch.randn(n).to(dtype) for n in (1, 4096, plain.PIECE, plain.PIECE + 1, 3 * plain.PIECE - 5)]
+        params = [torch.randn(n).to(dtype) for n in (1, 4096, piece, piece + 1, 3 * piece - 5)]
         moments = [[torch.rand(p.shape) for p in params] for _ in range(2)]
         squares = run_adam(torch.ones(5), params, [torch.randn(p.shape) for p in params], *moments, 0.7)
         assert torch.equal(squares, plain.regularizer(params, 'l2'))
@@ -77,9 +80,13 @@ def test_squares_are_those_of_what_was_written_to_the_last_bit():
         torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_a_sum_over_many_elements_keeps_its_digits():
+def test_sums_over_many_elements_keep_their_digits():
     x = torch.rand(20_000_001)
-    assert plain.regularizer([x], 'l2').item() == pytest.approx(x.double().square().sum().item(), rel=1e-6)
+    exact = x.double().square().sum().item()
+    assert plain.regularizer([x], 'l2').item() == pytest.approx(exact, rel=1e-6)
+    gradients = plain.Tensors([x], None, None)
+    gradients.take([x])
+    assert plain.sum_of_squares(gradients).item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize('make', [
