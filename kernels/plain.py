@@ -16,7 +16,7 @@ import torch
 
 # Elements that each thread works on at a time on the CPU: what one operation wrote is in its core's cache when the next
 # reads it. BLAS sums the squares of a piece in one go, and its float32 sum loses digits with the length of a thread's
-# part, the more the fewer numbers a processor adds at a time: of so many, 5e-7 of itself at most.
+# part, the more the fewer numbers a processor adds at a time: of so many, 3.3e-7 of itself with SSE4.2 alone.
 PIECE = 1 << 16
 ROW = 1 << 14  # elements of a gradient whose squares are summed in one go
 LOW32 = 0xFFFFFFFF

@@ -12,6 +12,8 @@ from conftest import ROOT, TINY
 from hub import Hub
 
 TEXTS = [f'Document {i} has{" many" * (i % 9)} words.' for i in range(90)]
+
+
 @pytest.fixture
 def run(tmp_path):
     """run('train.py', '--key=value', ...) in a process that knows only the hub in tmp_path/hub: (its end, the Hub)."""
