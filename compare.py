@@ -205,7 +205,11 @@ def result_of(run, config):
     """What results.jsonl says of a finished run, all of it from its log."""
     settings = next(e['config'] for e in reversed(run.entries) if e['kind'] == 'config')
     evals = {e['iter']: e for e in run.entries if e['kind'] == 'eval'}
-    steps = [e['ms'] for e in run.entries if e['kind'] == 'train']
+    steps = [e for e in run.entries if e['kind'] == 'train']
+    speed = {}
+    for key in ('ms', 'tokens_per_s', 'mfu'):
+        known = [e[key] for e in steps if e[key] is not None]
+        speed[key] = statistics.median(known) if known else None
     ratios = {e['iter']: e['ratio'] for e in run.entries if e['kind'] == 'norms'}
     val_losses = {i: evals[i]['val_loss'] if evals[i]['val_loss'] is not None else math.inf for i in sorted(evals)}
     last = max(evals)
@@ -214,7 +218,7 @@ def result_of(run, config):
         'iters': last,
         'final_val_loss': val_losses[last], 'best_val_loss': min(val_losses.values()),
         'final_train_loss': evals[last]['train_loss'], 'ratio': ratios[max(ratios)] if ratios else None,
-        'ms': statistics.median(steps) if steps else None, 'val_losses': val_losses, 'command': run.command,
+        **speed, 'val_losses': val_losses, 'command': run.command,
     }  # fmt: skip
 
 
@@ -247,15 +251,20 @@ def table(configs):
         steps = f'{statistics.fmean(reached):.0f}' if reached else 'never'
         if 0 < len(reached) < seeds:
             steps += f' ({len(reached)} of {seeds} seeds)'
-        ratios = [run.result['ratio'] for run in config.runs if run.result['ratio'] is not None]
-        times = [run.result['ms'] for run in config.runs if run.result['ms'] is not None]
+        means = {}
+        for key in ('ratio', 'ms', 'tokens_per_s', 'mfu'):
+            known = [run.result[key] for run in config.runs if run.result[key] is not None]
+            means[key] = statistics.fmean(known) if known else None
         rows.append([
             str(number), f'`{config.name}`',
             _plus_minus(config.mean('final_val_loss'), config.spread('final_val_loss')),
             _plus_minus(config.mean('best_val_loss'), config.spread('best_val_loss')),
             '' if config is first else _plus_minus(mean, error, sign='+') + ' *' * significant, steps,
-            f'{statistics.fmean(ratios):.2f}' if ratios else '', f'{statistics.fmean(times):.1f}' if times else '',
+            *('' if means[key] is None else format(means[key], form)
+              for key, form in (('ratio', '.2f'), ('ms', '.1f'), ('tokens_per_s', ',.0f'))),
         ])  # fmt: skip
+        if means['mfu'] is not None:
+            rows[-1][-1] += f' ({means["mfu"]:.1%} MFU)'
     return rows
 
 
@@ -276,7 +285,7 @@ def report(configs, out, arguments, pictures, made):
     for config in configs:
         tried.setdefault(config.runs[0].result['optimizer'], []).append(config)
     head = ['', 'config', 'final val loss', 'best val loss', 'final, minus the first',
-            "steps to the first's final loss", 'norm ratio', 'ms a step']  # fmt: skip
+            "steps to the first's final loss", 'norm ratio', 'ms a step', 'tokens/s']  # fmt: skip
     lines = [
         f'# {os.path.basename(os.path.normpath(out))}: {len(configs)} configs, seeds {", ".join(map(str, seeds))}', '',
         '| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|',
@@ -286,8 +295,8 @@ def report(configs, out, arguments, pictures, made):
         f'mean ± standard error of {len(seeds)} differences. * marks p < 5 % in a two-sided paired t test, each row '
         f'taken by itself: of {len(configs) - 1} rows that differ in nothing, {0.05 * (len(configs) - 1):.1f} are '
         'expected to have one. Steps: the first evaluation that is at or below what the first config ended with at '
-        'that seed. Norm ratio: all weight tensors together, end over start. ms a step: median over the run, mean '
-        'over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir of row N.', '',
+        'that seed. Norm ratio: all weight tensors together, end over start. ms a step, tokens/s: median over the '
+        'run, mean over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir of row N.', '',
         'Configurations tried: ' + ', '.join(f'{plot.OPTIMIZERS[name]} {len(group)}' for name, group in tried.items())
         + '. Lowest final loss of each: '
         + '; '.join(f'{plot.OPTIMIZERS[name]} {min(c.mean("final_val_loss") for c in group):.4f}'

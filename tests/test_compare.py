@@ -30,8 +30,9 @@ def start(out, *arguments, **options):
 
 def results(out):
     """{(config, seed): its line in results.jsonl, less where and how fast it was made}."""
+    elsewhere = ('out_dir', 'ms', 'tokens_per_s', 'command')
     lines = map(json.loads, (out / 'results.jsonl').read_text().splitlines())
-    return {(line['config'], line['seed']): {k: v for k, v in line.items() if k not in ('out_dir', 'ms', 'command')}
+    return {(line['config'], line['seed']): {k: v for k, v in line.items() if k not in elsewhere}
             for line in lines}  # fmt: skip
 
 
@@ -54,11 +55,12 @@ def recipe(dataset, tmp_path_factory):
 def finished(tmp_path):
     """finished(name, val_losses of each seed, ...) is a Config whose runs have logs of these evaluations."""
 
-    def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0):
+    def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None):
         config = compare.Config([f'config/{name}.py'], name)
         for seed, losses in enumerate(val_losses, 1):
             entries = [{'kind': 'config', 'config': {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100}},
-                       *({'kind': 'train', 'iter': i, 'loss': 1.0, 'ms': ms} for i in range(3)),
+                       *({'kind': 'train', 'iter': i, 'loss': 1.0, 'ms': ms, 'tokens_per_s': 2e4 / ms, 'mfu': mfu}
+                         for i in range(3)),
                        *({'kind': 'eval', 'iter': 100 * i, 'train_loss': 1.0, 'val_loss': loss}
                          for i, loss in enumerate(losses)),
                        {'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}},
@@ -74,12 +76,13 @@ def finished(tmp_path):
 
 def test_the_report_says_what_the_logs_say(finished):
     first = finished('first', [4.0, 2.0, 1.0, 1.1], [4.0, 2.0, 1.2, 1.3], [4.0, 2.0, 1.3, 1.5], ratio=3.0)
-    second = finished('second', [4.0, 1.1, 0.9, 0.9], [4.0, 1.5, 1.3, 1.2], [4.0, 2.0, 2.0, 1.9], ms=20.0)
+    second = finished('second', [4.0, 1.1, 0.9, 0.9], [4.0, 1.5, 1.3, 1.2], [4.0, 2.0, 2.0, 1.9], ms=20.0, mfu=0.3)
     rows = compare.table([first, second])
     # differences -0.2, -0.1, 0.4: deviation 0.3215, over sqrt(3)
-    assert rows[0][2:] == ['1.3000 ± 0.2000', '1.1667 ± 0.1528', '', '200', '3.00', '10.0']
+    assert rows[0][2:] == ['1.3000 ± 0.2000', '1.1667 ± 0.1528', '', '200', '3.00', '10.0',
+                           '2,000']  # fmt: skip
     assert rows[1][2:] == ['1.3333 ± 0.5132', '1.3333 ± 0.5132', '+0.0333 ± 0.1856', '150 (2 of 3 seeds)', '2.00',
-                           '20.0']  # fmt: skip
+                           '20.0', '1,000 (30.0% MFU)']  # fmt: skip
 
 
 @pytest.mark.parametrize('differences, p', [
