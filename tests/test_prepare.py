@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import resource
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +218,21 @@ def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(prepare, t
     assert (tmp_path / 'out' / 'train.bin').stat().st_mtime_ns >= kept
     for name in os.listdir(tmp_path / 'whole'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def test_no_room_for_the_copy_of_the_text_is_not_the_texts_fault(tmp_path, bpe_file):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS * 20)
+
+    def no_room():  # what a full disk does, for this process alone
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
+
+    command = [sys.executable, 'data/openwebtext/prepare.py', '--data_files', path, '--bpe_file', bpe_file,
+               '--out_dir', tmp_path / 'out']  # fmt: skip
+    outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, preexec_fn=no_room)
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.startswith(f'error: {tmp_path}/out/text.tmp cannot be written (File too large); ')
+    assert outcome.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
 def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):

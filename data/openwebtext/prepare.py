@@ -11,6 +11,7 @@ folder, since the shuffled order needs each document at any time.
 """
 
 import copy
+import errno
 import glob
 import mmap
 import os
@@ -113,6 +114,10 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
                 options |= {'sample_by': 'document'} if kind == 'text' else {}
                 found = datasets.load_dataset(kind, data_files=files, **options)
         except Exception as e:  # of datasets, of the readers it uses and of the disk, often one within another
+            cause = _cause(e)
+            if getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise ValueError(f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as the '
+                                 'text, beside the token files: free some, or give another --out_dir') from e  # fmt: skip
             where = next((path for path in files if not _is_readable(kind, path, column, options)), where)
             raise ValueError(f'{where} cannot be read ({_reason(e)})') from e
     types = {name: str(field.type) for name, field in zip(found.column_names, found.features.arrow_schema, strict=True)}
@@ -179,10 +184,15 @@ def _check_column(column, types, where):
                          f'{", ".join(names) or "there is none"}')  # fmt: skip
 
 
-def _reason(error):
+def _cause(error):
     """What went wrong in the first place, without the wrapping of datasets."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error):
+    error = _cause(error)
     return str(error) if type(error) is ValueError else f'{type(error).__name__}: {error}'
 
 
