@@ -116,8 +116,8 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
         except Exception as e:  # of datasets, of the readers it uses and of the disk, often one within another
             cause = _cause(e)
             if getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as the '
-                                 'text, beside the token files: free some, or give another --out_dir') from e  # fmt: skip
+                raise ValueError(f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as '
+                                 'the text, beside the token files: free some, or give another --out_dir') from e
             where = next((path for path in files if not _is_readable(kind, path, column, options)), where)
             raise ValueError(f'{where} cannot be read ({_reason(e)})') from e
     types = {name: str(field.type) for name, field in zip(found.column_names, found.features.arrow_schema, strict=True)}
