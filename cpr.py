@@ -53,7 +53,6 @@ class _Batch:
         self.group, self.passes = members[0].group, passes
         self.params = [m.p for m in members]
         states = [optimizer._state_of(m.p, m.group, m.regularized) for m in members]
-        self.states = list(zip(self.params, states, strict=True))
         reg_function, self.over = self.group.get('reg_function', 'l2'), shards.groups(self.params[0])
         self.centred = bool(self.over) and reg_function == 'std'  # the mean is not that of the part: see Whole.centred
         self.tensors = passes.Tensors(
@@ -76,9 +75,12 @@ class _Batch:
         self.scalars = {}
         for name in ('step', *(optimizer._scalars if self.regularized else ())):
             having = states if name == 'step' else states[: self.regularized]
-            self.scalars[name] = torch.stack([torch.as_tensor(s[name], device=self.device) for s in having])
+            dtype = torch.bool if name == 'kappa_set' else torch.float32  # others' checkpoints have steps of int
+            values = [torch.as_tensor(state[name], dtype=dtype, device=self.device) for state in having]
+            self.scalars[name] = torch.stack(values)
             for j, state in enumerate(having):
                 state[name] = self.scalars[name][j]
+        self.states = [(p, state, dict(state)) for p, state in zip(self.params, states, strict=True)]
         self.steps = self.scalars['step']
         self.decay, self.no_decay = torch.zeros_like(self.steps), torch.zeros_like(self.steps)
         self.lists = {}  # per_tensor's, on the device
@@ -147,7 +149,8 @@ class _NormAdam(Optimizer):
                  f'moments_dtype={moments_dtype} must be torch.float32 or torch.bfloat16')
         self.order, self.max_grad_norm, self.impl = order, max_grad_norm, impl
         self.moments_dtype = moments_dtype
-        self.seed = None if stochastic_rounding in (None, False) else int(stochastic_rounding)
+        rounds = stochastic_rounding is not None and stochastic_rounding is not False  # 0 is a seed
+        self.seed = int(stochastic_rounding) if rounds else None
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
         self.process_group = process_group
         self._prepared, self._captured = (None, []), []
@@ -159,7 +162,7 @@ class _NormAdam(Optimizer):
         super().add_param_group(param_group)
         try:
             self._complete(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -205,11 +208,14 @@ class _NormAdam(Optimizer):
         if 'step' not in state:
             state['step'] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in MOMENTS:
+            _require(name not in state or state[name].shape == p.shape,
+                     f"a parameter's shape is {tuple(p.shape)} now, that of its {name} is not: drop optimizer.state[p]")
             if name not in state:  # spread as p is
                 state[name] = torch.zeros_like(p, dtype=self.moments_dtype, memory_format=torch.contiguous_format)
         if regularized and any(name not in state for name in self._scalars):
             first = self._init_scalars(p, group)
-            state.update({name: torch.as_tensor(first[name], device=p.device) for name in self._scalars})
+            for name in self._scalars:
+                state.setdefault(name, torch.as_tensor(first[name], device=p.device))
         return state
 
     def _batches(self):
@@ -226,13 +232,15 @@ class _NormAdam(Optimizer):
                     raise RuntimeError(f'{type(self).__name__} does not support sparse gradients')
                 regularized = regularize[i] if isinstance(regularize, list) else regularize
                 part = shards.local(p)
-                key.append((id(part), p.device, p.dtype, p.grad.dtype, part.is_contiguous(), alike, regularized))
+                kind = (p.device, p.dtype, p.grad.dtype, part.is_contiguous(), alike)
+                key.append((id(part), *kind, regularized, part.shape))
                 members.append(_Member(p, group, i, first + i, regularized))
             first += len(group['params'])
         known, batches = self._prepared
         if not key:
             return []
-        if known != key or any(self.state.get(p) is not s for b in batches for p, s in b.states):
+        if known != key or any(self.state.get(p) is not s or any(s.get(k) is not x for k, x in entries.items())
+                               for b in batches for p, s, entries in b.states):  # fmt: skip
             self._captured += [b for b in batches if b.tensors.captured]  # graphs still read their memory
             together = {}
             for kind, member in zip(key, members, strict=True):
@@ -274,10 +282,11 @@ class _NormAdam(Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch.optim's, but every state keeps its own dtype, and options that `state_dict` lacks stay ours."""
-        saved = {}
+        saved, ids = {}, []
 
         def remember(_, state_dict):
             saved.update(state_dict['state'])
+            ids.extend(i for group in state_dict['param_groups'] for i in group['params'])
             params = [p for group in self.param_groups for p in group['params']]
             for i, p in zip((i for group in state_dict['param_groups'] for i in group['params']), params, strict=False):
                 for name in MOMENTS if saved.get(i) else ():
@@ -295,7 +304,6 @@ class _NormAdam(Optimizer):
             handle.remove()
         # torch casts every state to the parameter's dtype, which would round a bfloat16 model's moments and kappa
         params = [p for group in self.param_groups for p in group['params']]
-        ids = [i for group in state_dict['param_groups'] for i in group['params']]
         for p, i in zip(params, ids, strict=True):
             for name, value in saved.get(i, {}).items():
                 if torch.is_tensor(value):
@@ -359,7 +367,7 @@ class _NormAdam(Optimizer):
             b.found_inf = None if found_inf is None else found_inf.to(b.device)
         self._add_up(batches, gradients=True, R=self.order == 'before' and bool(self._scalars))
         if self.max_grad_norm is not None:
-            parts = [b.squares.to(device) for b in reversed(batches)] or [torch.zeros(1, device=device)]
+            parts = [b.squares.to(device) for b in reversed(batches)] or [torch.zeros(1, device=device).float()]
             parts = torch.cat(parts) if len(parts) > 1 else parts[0]
             if self.process_group is not None:
                 parts = self._sum_of_ranks(parts.sum().reshape(1))
@@ -470,10 +478,6 @@ class AdamCPR(_NormAdam):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, kappa_init_method='inflection_point',
                  kappa_init_param=1000.0, reg_function='l2', kappa_update=1.0, reg_step_size=200, reg_ema_decay=0.99,
                  reg_embedding=False, reg_by_lr=False, *, order='before', **common):
-        _require(kappa_init_method in KAPPA_INIT_METHODS,
-                 f"kappa_init_method='{kappa_init_method}' must be one of {', '.join(KAPPA_INIT_METHODS)}")
-        _require(reg_function in REG_FUNCTIONS,
-                 f"reg_function='{reg_function}' must be one of {', '.join(REG_FUNCTIONS)}")
         _require(kappa_init_method == 'inflection_point' or kappa_init_param > 0,
                  f'kappa_init_param={kappa_init_param} must be > 0')
         _require(kappa_init_method != 'warm_start' or kappa_init_param == int(kappa_init_param),
@@ -483,9 +487,6 @@ class AdamCPR(_NormAdam):
                  f'reg_step_size={reg_step_size} must be a whole number of steps, at least 1')
         _require(0 <= reg_ema_decay < 1, f'reg_ema_decay={reg_ema_decay} must be in [0, 1)')
         self.reg_embedding = reg_embedding
-        self._scalars = ('kappa', 'kappa_set', 'lagmul')
-        if kappa_init_method == 'inflection_point':
-            self._scalars += ('ema', 'ema_error', 'ema_last', 'ema_growth')
         defaults = dict(
             lr=lr, betas=betas, eps=eps, weight_decay=0.0,  # a group that torch.optim.AdamW can load must have one
             kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param, reg_function=reg_function,
@@ -494,7 +495,17 @@ class AdamCPR(_NormAdam):
         super().__init__(params, defaults, order=order, **common)
 
     def __getstate__(self):
-        return {**super().__getstate__(), 'reg_embedding': self.reg_embedding, '_scalars': self._scalars}
+        return {**super().__getstate__(), 'reg_embedding': self.reg_embedding}
+
+    @property
+    def _scalars(self):
+        watching = any(group['kappa_init_method'] == 'inflection_point' for group in self.param_groups)
+        return ('kappa', 'kappa_set', 'lagmul', *(('ema', 'ema_error', 'ema_last', 'ema_growth') if watching else ()))
+
+    def _complete(self, group):
+        super()._complete(group)
+        for name, allowed in (('kappa_init_method', KAPPA_INIT_METHODS), ('reg_function', REG_FUNCTIONS)):
+            _require(group[name] in allowed, f"{name}='{group[name]}' must be one of {', '.join(allowed)}")
 
     def _regularized_in(self, module):
         # a tied weight appears under both its names, so each name may rule it out

@@ -86,7 +86,7 @@ class Whole:
 
 def regularizer(params, reg_function):
     """R_j of each tensor, whole, (len(params),) float32 (kernels.plain.regularizer), be they DTensors or not."""
-    values = torch.empty(len(params), device=params[0].device)
+    values = torch.empty(len(params), dtype=torch.float32, device=params[0].device)
     together = {}
     for j, p in enumerate(params):
         together.setdefault(groups(p), []).append(j)

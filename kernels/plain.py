@@ -47,14 +47,16 @@ class Tensors:
 
     def remember(self):
         """Note the weights as they are now, for `unchanged`."""
-        samples = [p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self.params]
-        self._written = [(p.data_ptr(), p._version) for p in self.params], samples, torch.cat(samples)
+        self._written = [(p.data_ptr(), p._version) for p in self.params], self._samples()
 
     def unchanged(self):
         """Whether nobody has written the weights since. Every tensor counts its writes; what goes by way of p.data it
         does not count, so a few elements of each are compared besides. Asks the host, so it is for the CPU alone."""
-        written, samples, values = self._written
-        return written == [(p.data_ptr(), p._version) for p in self.params] and torch.equal(torch.cat(samples), values)
+        written, values = self._written
+        return written == [(p.data_ptr(), p._version) for p in self.params] and torch.equal(self._samples(), values)
+
+    def _samples(self):
+        return torch.cat([p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self.params])
 
     def R(self, span):
         """R_j of the weights in `span` as they are now: as it was summed when they were written, if nobody wrote them
@@ -125,7 +127,7 @@ def clip(t, parts, steps, skipped_steps, *, max_norm, grad_scale, found_inf):
     grad_norm is not finite or found_inf (0-d float32, or None) is not 0. Adds proceed to `steps`, a vector, and not
     proceed to `skipped_steps` (0-d int64, or None).
     """
-    grad_coef = torch.ones((), device=t.device) if grad_scale is None else 1 / grad_scale
+    grad_coef = torch.ones((), dtype=torch.float32, device=t.device) if grad_scale is None else 1 / grad_scale
     proceed = torch.ones((), dtype=torch.bool, device=t.device) if found_inf is None else found_inf == 0
     grad_norm = None
     if parts is not None:
@@ -274,7 +276,7 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
         skip, decay = (~proceed).float(), torch.where(proceed, decay, 0.0)
     steps = steps.unbind()
     scale = not on_cpu or grad_coef != 1
-    scaled = torch.empty(PIECE * torch.get_num_threads()) if on_cpu and scale else None
+    scaled = torch.empty(PIECE * torch.get_num_threads(), dtype=torch.float32) if on_cpu and scale else None
     squares = [0.0] * sums
     small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (theta, g, m, v, step) of each
 

@@ -732,3 +732,115 @@ def test_sparse_gradients_and_complex_parameters_are_refused(cls):
         p = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
         p.grad = torch.ones_like(p)
         cls([p]).step()
+
+
+def stepped(optimizer, params, steps=3, seed=0):
+    train(optimizer, params, gradient_steps(params, steps, seed))
+    return optimizer
+
+
+@pytest.mark.parametrize('saved, loads', [('dependent', 'inflection_point'), ('inflection_point', 'uniform')])
+def test_the_method_for_kappa_comes_with_the_state(saved, loads):
+    params = parameters()
+    first = stepped(AdamCPR(params, kappa_init_method=saved, kappa_init_param=0.5), params)
+    others = copies(params)
+    second = AdamCPR(others, kappa_init_method=loads)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    stepped(first, params, seed=1)
+    stepped(second, others, seed=1)
+    assert same_bits(params, others) and same_state(first, second)
+
+
+def test_groups_may_find_kappa_in_different_ways_but_not_in_unknown_ones():
+    params = parameters()
+    groups = [{'params': params[:1], 'kappa_init_method': 'inflection_point'}, {'params': params[1:]}]
+    stepped(AdamCPR(groups, kappa_init_method='uniform'), params)
+    for name in ('kappa_init_method', 'reg_function'):
+        with pytest.raises(ValueError, match=f"{name}='typo' must be one of"):
+            AdamCPR([{'params': params, name: 'typo'}])
+
+
+def test_entries_of_the_state_may_be_replaced():
+    params, others = parameters(), parameters()
+    ours = stepped(AdamW(params, weight_decay=0.0), params)
+    torchs = stepped(torch.optim.AdamW(others, weight_decay=0.0), others)
+    for optimizer in (ours, torchs):
+        for state in optimizer.state.values():
+            for name in state:
+                state[name] = state[name].clone() * 2  # what brings a state back from elsewhere replaces it, too
+    stepped(ours, params, seed=1)
+    stepped(torchs, others, seed=1)
+    for p, q in zip(params, others, strict=True):
+        assert ours.state[p]['step'] == torchs.state[q]['step'] == 9
+        torch.testing.assert_close(ours.state[p]['exp_avg'], torchs.state[q]['exp_avg'])
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    results = []
+    for default in (torch.float32, dtype):
+        params = parameters()
+        grads = gradient_steps(params, 5)
+        try:
+            torch.set_default_dtype(default)
+            for kind in (AdamW, lambda p, **k: AdamCPR(p, kappa_init_method='dependent', kappa_init_param=0.9, **k),
+                         AdamCPR, AdamWN):  # fmt: skip
+                train(kind(params, max_grad_norm=1e-2), params, grads)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([p.detach().clone() for p in params])
+    assert same_bits(*results)
+
+
+def test_a_step_may_be_an_integer():
+    params = parameters()
+    state = stepped(AdamW(params, lr=0.1), params).state_dict()
+    results = []
+    for kind in (float, int):
+        others = parameters()
+        optimizer = AdamW(others)
+        saved = copy.deepcopy(state)
+        for entry in saved['state'].values():
+            entry['step'] = torch.tensor(kind(entry['step']))
+        optimizer.load_state_dict(saved)
+        stepped(optimizer, others, 20)
+        results.append(others)
+    assert same_bits(*results)
+
+
+def test_a_pre_hook_may_bring_the_state_of_another_model():
+    params, others = parameters(), [*parameters(), torch.nn.Parameter(torch.ones(2))]
+    first, second = stepped(AdamW(params), params), AdamW(others)
+
+    def hook(optimizer, state_dict):
+        return {**optimizer.state_dict(), 'state': state_dict['state']}
+
+    second.register_load_state_dict_pre_hook(hook)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.state[others[0]]['exp_avg'], first.state[params[0]]['exp_avg'])
+    assert others[-1] not in second.state
+
+
+def test_a_write_through_data_is_noticed_in_a_tensor_that_is_not_contiguous():
+    p = nn.Parameter(torch.randn(8, 8, 3, 3).to(memory_format=torch.channels_last))
+    norm, optimizer = p.norm().item(), AdamWN([p], lr=1e-6, rate=1.0, order='before')
+    for i in range(3):
+        p.grad = torch.zeros_like(p)
+        if i == 2:
+            p.data.copy_(p.data * 3)
+        optimizer.step()
+    assert p.norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_parameter_of_another_shape_is_refused_not_written_beyond():
+    p = nn.Parameter(torch.ones(5, 5))
+    optimizer = stepped(AdamW([p]), [p])
+    p.data = torch.ones(7, 7)
+    p.grad = torch.ones(7, 7)
+    with pytest.raises(ValueError, match='shape'):
+        optimizer.step()
+
+
+def test_zero_is_a_seed():
+    assert AdamW(parameters(), stochastic_rounding=0).seed == 0
