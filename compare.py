@@ -293,7 +293,7 @@ def report(configs, out, arguments, pictures, made):
         f'Losses in nats a token over the whole of val.bin, mean ± standard deviation over {len(seeds)} seeds; the '
         'best is the lowest of the evaluations along the run. The difference to the first config is paired by seed: '
         f'mean ± standard error of {len(seeds)} differences. * marks p < 5 % in a two-sided paired t test, each row '
-        f'taken by itself: of {len(configs) - 1} rows that differ in nothing, {0.05 * (len(configs) - 1):.1f} are '
+        f'taken by itself: of {len(configs) - 1} rows that differ in nothing, {0.05 * (len(configs) - 1):.2f} are '
         'expected to have one. Steps: the first evaluation that is at or below what the first config ended with at '
         'that seed. Norm ratio: all weight tensors together, end over start. ms a step, tokens/s: median over the '
         'run, mean over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir of row N.', '',
@@ -406,7 +406,7 @@ def main(argv):
     seeds = args.seeds.split(',')
     if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
         fail(f'--seeds={args.seeds} must be different whole numbers, as in --seeds=1,2,3')
-    jobs = args.jobs or torch.cuda.device_count() or os.cpu_count()
+    jobs = args.jobs if args.jobs is not None else torch.cuda.device_count() or os.cpu_count()
     if jobs < 1:
         fail(f'--jobs={args.jobs} must be at least 1')
 

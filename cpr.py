@@ -122,8 +122,8 @@ class _NormAdam(Optimizer):
         moments_dtype: of exp_avg and exp_avg_sq, torch.float32 or torch.bfloat16.
         stochastic_rounding: True or a seed: round the bfloat16 weights (and moments) that are written at random, right
             on average, so that updates smaller than their last digit are not lost. The same seed gives the same bits.
-            Adam's pass does so, with the d_j in it. A correction that is a pass of its own (order='after'; in plain torch
-            all but l2's) rounds to nearest: on bfloat16 weights it loses what is smaller than half their last digit.
+            Adam's pass does so, with the d_j in it. A correction that is a pass of its own (order='after'; in plain
+            torch all but l2's) rounds to nearest: on bfloat16 weights it loses what is less than half a last digit.
         process_group: of the ranks that the parameters are divided between, each with whole tensors of its own, as
             torch.distributed.optim.ZeroRedundancyOptimizer does it: norms over all tensors are then over all ranks'.
 

@@ -132,6 +132,8 @@ if init_from == 'auto':
     init_from = ranks.ask_first(lambda: 'resume' if checkpoint.all_of(ckpt_path) else 'scratch')
 elif os.path.isfile(init_from) and os.path.exists(ckpt_path) and os.path.samefile(init_from, ckpt_path):
     init_from = 'resume'
+elif checkpoint.is_at(init_from) and os.path.dirname(os.path.realpath(init_from)) == os.path.realpath(out_dir):
+    fail(f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces; give another --out_dir")
 resumed = None  # the checkpoint that this run continues
 if init_from == 'resume' or checkpoint.is_at(init_from):
     whole, damaged = init_from, {}

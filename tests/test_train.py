@@ -411,6 +411,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset)
     assert start(out, dataset, '--init_from=resume', '--max_iters=12').wait(timeout=60) == 0
 
 
+def test_a_checkpoint_in_the_runs_own_folder_is_not_lost_to_a_run_from_it(tmp_path, dataset):
+    out = tmp_path / 'out'
+    assert start(out, dataset).wait(timeout=60) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    process = start(out, dataset, f'--init_from={out}/ckpt.1.pt')
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.startswith('error: ') and 'another --out_dir' in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
     whole = entries(tmp_path / 'out', 'eval') if train().status == 0 else None
     step = AdamW.step
