@@ -229,7 +229,8 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
         meta = {**tokenizer.meta, 'source': source, 'dtype': dtype.name, **tokens}
         _commit(folder, meta, getattr(tokenizer, 'bpe_file', None))
     except KeyboardInterrupt:
-        print('\ninterrupted; the same command goes on from here', file=sys.stderr)
+        next_time = 'starts anew' if fingerprint is None else 'goes on from here'
+        print(f'\ninterrupted; the same command {next_time}', file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, ValueError) as e:
         wrong_text = isinstance(e, ValueError)

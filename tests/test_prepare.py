@@ -248,6 +248,18 @@ def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
     assert prepare('openwebtext', '--data_files', path) == (0, '')
 
 
+def test_what_was_interrupted_does_not_go_on_with_another_text(prepare, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    with monkeypatch.context() as m:
+        m.setattr('data.prepare._commit', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert prepare('openwebtext', '--data_files', path)[0] == 130
+    write_parquet(path, [text.upper() for text in TEXTS])  # as many rows as before
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+    prepare('openwebtext', '--data_files', path, out='whole')
+    for name in os.listdir(tmp_path / 'whole'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
 def test_a_hub_without_a_network_says_what_to_do(prepare, tmp_path, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError('the hub cannot be reached')

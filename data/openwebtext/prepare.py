@@ -212,7 +212,9 @@ def prepare(folder, texts, tokenizer, source, seed=2357, val_share=0.0005):
     documents = {name: texts.select(np.asarray(split[theirs].with_format('numpy')[:]['row']))
                  for name, theirs in (('train', 'train'), ('val', 'test'))}  # fmt: skip
     source |= {'documents': len(texts), 'split': f'train_test_split(test_size={val_share}, seed={seed}, shuffle=True)'}
-    write_dataset(folder, documents, tokenizer, source, end_of_text=True, fingerprint=repr(source), held=True)
+    # datasets names its copy after the files that it was made of and when they were changed
+    copies = [os.path.relpath(path, folder) for path in texts.files]
+    write_dataset(folder, documents, tokenizer, source, end_of_text=True, fingerprint=repr([source, copies]), held=True)
 
 
 if __name__ == '__main__':
