@@ -17,12 +17,12 @@ from model import GPT, GPTConfig
 from runtime import fail
 
 
-def save(path, checkpoint, keep=1):
+def save(path, checkpoint, keep=None):
     """Write `checkpoint` (a dict that torch.load(weights_only=True) accepts) to `path`, or leave `path` as it is.
 
     The bytes go to a temporary file beside it, are flushed to the disk, and only then take the name: a kill or a
-    full disk at any moment leaves the previous checkpoint. keep: how many there are to be then, this one included.
-    Raises OSError where it could not be written.
+    full disk at any moment leaves the previous checkpoint. keep: how many there are to be then, this one included;
+    None: `path` is no run's, what stands beside it is left alone. Raises OSError where it could not be written.
     """
     temporary = f'{path}.tmp'
     try:
@@ -30,7 +30,8 @@ def save(path, checkpoint, keep=1):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        _move_on(path, keep)
+        if keep is not None:
+            _move_on(path, keep)
         os.replace(temporary, path)
     except BaseException as e:
         if os.path.exists(temporary):
@@ -51,10 +52,16 @@ def _older(path, i):
 
 
 def _before(path):
-    """(number, file) of the checkpoints before `path`, the younger first."""
-    stem, extension = os.path.splitext(path)
-    numbers = (f[len(stem) + 1 : -len(extension)] for f in glob.glob(f'{glob.escape(stem)}.[0-9]*{extension}'))
-    return [(i, _older(path, i)) for i in sorted(int(number) for number in numbers if number.isdigit())]
+    """(number, file) of the checkpoints before `path`, the younger first.
+
+    They are numbered without a gap, but that a kill in _move_on leaves one of one: ckpt.5000.pt is somebody's own.
+    """
+    found, i = [], 1
+    while any(os.path.exists(_older(path, j)) for j in (i, i + 1)):
+        if os.path.exists(_older(path, i)):
+            found.append((i, _older(path, i)))
+        i += 1
+    return found
 
 
 def _move_on(path, keep):
@@ -96,8 +103,9 @@ class Writer:
 
 def folders(path):
     """The checkpoint folders beside `path` (folders.py) that were written to their end, the newest first."""
-    beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), 'ckpt-*[0-9]', '.metadata'))
-    return sorted((os.path.dirname(f) for f in beside), key=lambda f: int(f.rpartition('-')[2]), reverse=True)
+    beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), 'ckpt-*', '.metadata'))
+    numbered = {f: f.rpartition('-')[2] for f in map(os.path.dirname, beside)}
+    return sorted((f for f in numbered if numbered[f].isdecimal()), key=lambda f: int(numbered[f]), reverse=True)
 
 
 def all_of(path):

@@ -70,12 +70,13 @@ if __name__ == '__main__':
     arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='is made; it must not be there yet')
     arguments.add_bpe_file()
     args = arguments.parse_args()
-    if args.hf_dir.exists():
-        fail(f'{args.hf_dir} is there already; name another folder, or remove it')
+    temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')
+    for folder in (args.hf_dir, temporary):
+        if folder.exists():
+            fail(f'{folder} is there already; name another folder, or remove it')
     path = args.out_dir if checkpoint.is_at(args.out_dir) else os.path.join(args.out_dir, 'ckpt.pt')
     gpt, saved = checkpoint.load_model(path)
     tokens = tokenizer_of(path, saved, args.bpe_file)
-    temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')
     try:
         model_of(gpt, tokens.end).save_pretrained(temporary)
         tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)

@@ -121,8 +121,8 @@ def convert(source, target):
         optimizer = saved.pop('optimizer')
         states = {names[i]: state for i, state in optimizer['state'].items()}
         temporary = f'{str(target).rstrip("/")}.tmp'
+        os.makedirs(temporary)
         try:
-            os.makedirs(temporary)
             checkpoint.save(os.path.join(temporary, RUN), {**saved, 'param_groups': optimizer['param_groups']})
             dcp.save(tensors(params, states), checkpoint_id=temporary, no_dist=True)
             os.replace(temporary, target)

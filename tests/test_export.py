@@ -90,18 +90,21 @@ def test_an_exported_folder_is_trained_on_and_sampled(script, tmp_path, gpt2_set
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_set):
     save(tmp_path / 'out', gpt2_set)
     (tmp_path / 'there').mkdir()
+    (tmp_path / 'taken.tmp').mkdir()
     (tmp_path / 'llama').mkdir()
     (tmp_path / 'llama' / 'config.json').write_text(json.dumps({'model_type': 'llama'}))
     for arguments, says in (
         (('export.py', tmp_path / 'out'), 'HF_DIR'),
         (('export.py', tmp_path / 'nowhere', tmp_path / 'hf'), 'no checkpoint'),
         (('export.py', tmp_path / 'out', tmp_path / 'there'), 'is there already'),
+        (('export.py', tmp_path / 'out', tmp_path / 'taken'), 'taken.tmp is there already'),
         (('train.py', f'--init_from={tmp_path / "llama"}', f'--dataset={gpt2_set}', f'--out_dir={tmp_path / "hf"}'),
          "is no GPT-2: its config.json says model_type='llama'"),
     ):  # fmt: skip
         outcome = script(*arguments)
         assert outcome.status == 2 and outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
         assert says in outcome.err and not (tmp_path / 'hf').exists()
+    assert (tmp_path / 'taken.tmp').exists()
 
 
 def test_without_transformers_the_command_is_named(script, tmp_path, gpt2_set, monkeypatch):

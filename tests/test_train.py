@@ -684,6 +684,19 @@ def test_as_many_checkpoints_are_kept_as_asked_and_a_new_run_starts_without_them
     assert kept == {'ckpt.pt': 2, 'ckpt.pt.old': 8}
 
 
+def test_files_of_the_users_own_beside_the_checkpoints_stay(train, tmp_path):
+    out = tmp_path / 'out'
+    (out / 'ckpt-best2').mkdir(parents=True)
+    own = [out / 'ckpt.5000.pt', out / 'ckpt-best2' / '.metadata']
+    for path in own:
+        path.write_bytes(b'of the user')
+    for more in (), ('--max_iters=12', '--init_from=auto'), ():
+        assert train('--checkpoint_interval=1', *more).status == 0
+    (out / 'model.1.pt').write_bytes(b'of the user')
+    checkpoint.save(out / 'model.pt', {})
+    assert all(path.read_bytes() == b'of the user' for path in (*own, out / 'model.1.pt'))
+
+
 def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(train, tmp_path, monkeypatch):
     step = AdamW.step
 
