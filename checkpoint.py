@@ -178,16 +178,16 @@ def is_at(path):
     return os.path.isfile(path) or os.path.isfile(os.path.join(path, 'run.pt'))
 
 
-def load(path):
+def load(path, checked=False):
     """The dict that save() wrote, or nanoGPT; of a folder (folders.py) what is not in its parts: no 'model', no
-    'optimizer'. Fails where there is none or it is damaged."""
+    'optimizer'. Fails where there is none or it is damaged. checked: newest() has found it whole."""
     in_parts = os.path.isdir(path)
-    reason = in_parts and damage(path)
-    if reason:
-        fail(f'{path} is not a readable checkpoint ({reason}); take the one before it, or start anew')
-    path = os.path.join(path, 'run.pt') if in_parts else path
-    if not os.path.isfile(path):
+    if not is_at(path):
         fail(f'there is no checkpoint at {path}; train one first, or use --init_from=auto to start where there is none')
+    reason = None if checked else damage(path)
+    if reason:
+        fail(f'{path} is not a readable checkpoint, it may be cut off ({reason}); take another, or start anew')
+    path = os.path.join(path, 'run.pt') if in_parts else path
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         model = {} if in_parts else checkpoint['model']

@@ -5,6 +5,7 @@
 """
 
 import os
+import signal
 
 import torch
 
@@ -72,6 +73,8 @@ try:
 except ValueError as e:
     fail(f'start cannot be the prompt: {e}')
 
+for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without another word
+    signal.signal(number, signal.SIG_DFL)
 model.eval().to(rt.device)
 if compile:
     model.compile()

@@ -134,19 +134,29 @@ elif os.path.isfile(init_from) and os.path.exists(ckpt_path) and os.path.samefil
     init_from = 'resume'
 elif checkpoint.is_at(init_from) and os.path.dirname(os.path.realpath(init_from)) == os.path.realpath(out_dir):
     fail(f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces; give another --out_dir")
+
+
+def take_over(source, theirs, *keys):
+    """Have the settings `keys` be those of the model in `source`."""
+    for key in keys:
+        value = theirs.get(key, settings[key])
+        if key in given and settings[key] != value:
+            fail(f'{key}={settings[key]} but {source} has {key}={value}; leave {key} out or start from scratch')
+        globals()[key] = settings[key] = value
+
+
 resumed = None  # the checkpoint that this run continues
 if init_from == 'resume' or checkpoint.is_at(init_from):
     whole, damaged = init_from, {}
     if init_from == 'resume':
         whole, damaged = ranks.ask_first(lambda: checkpoint.newest(ckpt_path))
-    resumed = checkpoint.load(whole)
-    for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'block_size'):
-        theirs = resumed['model_args'].get(key, settings[key])
-        if key in given and settings[key] != theirs:
-            fail(f'{key}={settings[key]} but the checkpoint has {key}={theirs}; leave {key} out or start from scratch')
-        globals()[key] = settings[key] = theirs
+    resumed = checkpoint.load(whole, checked=init_from == 'resume')
+    take_over('the checkpoint', resumed['model_args'], 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size')
     before = {'optimizer': 'adamw', **resumed['config']}  # nanoGPT knows no other
-    of_state = ['optimizer'] + ['kappa_init_method', 'reg_function'] * (optimizer == 'adamcpr')
+    of_state = ['optimizer']  # what the optimizer's state in the checkpoint depends on
+    if optimizer == 'adamcpr':
+        of_state += ['kappa_init_method', 'reg_function', 'reg_embedding']
+        of_state += ['kappa_init_param'] * (kappa_init_method in ('uniform', 'dependent'))
     switched = [key for key in of_state if before.get(key, settings[key]) != settings[key]]
     if switched and not switch_optimizer and not eval_only:
         was, now = (', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings))
@@ -171,6 +181,7 @@ try:
         if block_size < model.config.block_size:
             model.crop_block_size(block_size)
         block_size = settings['block_size'] = model.config.block_size
+        take_over(init_from, model.config.model_args(), 'n_layer', 'n_head', 'n_embd', 'bias')
     data = TokenData(os.path.join('data', dataset), block_size, model.config.vocab_size if model else None)
     if model is None:
         vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257 rounded up to a multiple of 64
@@ -403,7 +414,8 @@ while True:
         best_val_loss = min(best_val_loss, losses['val'])
         save_now = save_now or best or always_save_checkpoint
         timed_from, timed_iter = time.perf_counter(), iter_num
-    if save_now and iter_num > saved_iter:
+    # while steps are skipped there is nothing new to keep, or nothing but nan: those from before it stay
+    if save_now and iter_num > saved_iter and (finished or not watch.in_a_row):
         save()
     if finished:
         break

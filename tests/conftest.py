@@ -67,7 +67,7 @@ def script(monkeypatch, capsys):
     """script('train.py', '--key=value', ...) runs it in this process, so that nothing has to be imported again."""
 
     def run(name, *arguments):
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE)}
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         capsys.readouterr()
         status, names = 0, {}

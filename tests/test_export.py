@@ -79,10 +79,16 @@ def test_an_exported_folder_is_trained_on_and_sampled(script, tmp_path, gpt2_set
     save(tmp_path / 'out', gpt2_set, bias=True)
     script('export.py', tmp_path / 'out', tmp_path / 'hf')
     out = f'--out_dir={tmp_path / "on"}'
-    outcome = script('train.py', f'--init_from={tmp_path / "hf"}', f'--dataset={gpt2_set}', out, '--max_iters=1',
-                     '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
-                     '--eval_iters=1', '--compile=False', '--device=cpu')  # fmt: skip
+    command = ['train.py', f'--init_from={tmp_path / "hf"}', f'--dataset={gpt2_set}', out, '--max_iters=1',
+               '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
+               '--eval_iters=1', '--compile=False', '--device=cpu']  # fmt: skip
+    outcome = script(*command, '--n_layer=12')
+    assert outcome.status == 2 and f'n_layer=12 but {tmp_path / "hf"} has n_layer=' in outcome.err
+    outcome = script(*command)
     assert outcome.status == 0 and 'val loss' in outcome.out, outcome.err
+    settings = json.loads((tmp_path / 'on' / 'log.jsonl').read_text().split('\n')[0])['config']
+    model_args = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['model_args']
+    assert all(settings[key] == model_args[key] for key in ('n_layer', 'n_head', 'n_embd', 'bias'))
     outcome = script('sample.py', out, '--num_samples=1', '--max_new_tokens=5', '--device=cpu')
     assert (outcome.status, outcome.err) == (0, '')  # the vocabulary lies beside the data set
 

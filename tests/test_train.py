@@ -526,6 +526,7 @@ def bad(outcome, *says):
     ('--impl=cuda', "impl='cuda'"),
     ('--device=cuda', '--device=cpu'),
     ('--device=tpu9', 'cannot be used here'),
+    ('--device=hpu', 'cannot be used here'),
     ('--dtype=float8', 'dtype'),
     ('--lr_decay_iters=1', 'warmup_iters'),
     ('--init_from=resume', 'there is no checkpoint at'),
@@ -641,6 +642,8 @@ def test_resuming_adamcpr_with_another_kind_of_bound_asks_for_the_flag(train, tm
     bad(train('--init_from=resume', *other), 'kappa_init_method=inflection_point', '--switch_optimizer=True')
     assert train('--init_from=resume', '--switch_optimizer=True', *other).status == 0
     assert entries(tmp_path / 'out', 'norms')[-1]['tensors']['transformer.h.0.mlp.c_fc.weight']['kappa'] > 0
+    bad(train('--init_from=resume', *other, '--kappa_init_param=0.7', '--max_iters=16'), 'kappa_init_param=0.5')
+    bad(train('--init_from=resume', *other, '--reg_embedding=True', '--max_iters=16'), 'reg_embedding=False')
 
 
 def test_wandb_that_does_not_start_ends_with_one_error_line_and_leaves_the_log(train, tmp_path, monkeypatch):
@@ -732,3 +735,18 @@ def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(t
     bad(outcome, 'no finite gradient in 3 steps up to iteration 7', 'transformer.wpe.weight nan')
     assert max(losses(tmp_path / 'out')) == 7
     assert train('--max_iters=12', '--max_skipped_steps=0', out='never').status == 0
+
+
+def test_weights_that_are_no_numbers_do_not_replace_the_checkpoints(train, tmp_path, monkeypatch):
+    step = AdamW.step
+
+    def spoil(self, *args):
+        result = step(self, *args)
+        if self.state[self.param_groups[0]['params'][0]]['step'] == 5:
+            self.param_groups[0]['params'][0].data.fill_(float('nan'))
+        return result
+
+    monkeypatch.setattr(AdamW, 'step', spoil)
+    bad(train('--max_iters=100', '--max_skipped_steps=8', '--eval_interval=1'), 'no finite gradient')
+    kept = [checkpoint.load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'ckpt.1.pt')]
+    assert any(all(x.isfinite().all() for x in saved['model'].values()) for saved in kept)
