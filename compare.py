@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -45,7 +46,7 @@ from configurator import configure
 from runtime import fail
 
 WHOLE_VAL = '--eval_iters=0'  # every run is evaluated on the whole of val.bin
-PLACES = ('out_dir', 'init_from')  # settings that do not say what is computed
+OWN = ('seed', 'out_dir', 'eval_iters')  # settings that are not the user's here
 # Student's t that 5 % of all draws exceed in size, for 2, 3, ... 10 pairs; with more pairs the last is a little strict
 T_5_PERCENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
@@ -89,6 +90,10 @@ def configs_of(texts, common, seeds, out):
             words = shlex.split(text)
         except ValueError as e:
             fail(f"'{text}' cannot be read ({e}); write 'config/NAME.py --key=value' in one pair of quotes")
+        taken = [word for word in common + words for key in OWN if word.startswith(f'--{key}=')]
+        if taken:
+            fail(f'{taken[0]} is what compare.py chooses itself: by --seeds, by --out, and every evaluation is of the '
+                 'whole of val.bin; leave it out')
         own = next((i for i, word in enumerate(words) if word.startswith('--')), len(words))
         if own == 0:
             fail(f"'{text}' names no config file; write 'config/NAME.py {text}'")
@@ -117,11 +122,12 @@ def is_finished(run):
     if not os.path.exists(os.path.join(run.out_dir, runlog.NAME)):
         return False
     run.entries = runlog.read(run.out_dir)
-    settings = next((e['config'] for e in reversed(run.entries) if e.get('kind') == 'config'), None)
-    if settings is None:
+    starts = [e['config'] for e in run.entries if e.get('kind') == 'config']
+    if not starts:
         return False
+    settings = {**starts[-1], 'init_from': starts[0]['init_from']}  # it may have been resumed since
     asked, _ = configure(dict(settings), run.arguments)  # changes nothing where it is the same run
-    other = [key for key in settings if asked[key] != settings[key] and key not in PLACES]
+    other = [key for key in settings if asked[key] != settings[key] and key != 'out_dir']
     if other:
         was, now = (', '.join(f'{key}={values[key]}' for key in other) for values in (settings, asked))
         fail(f'the run in {run.out_dir} was made with {was}, not {now}; choose another --out, or delete that run')
@@ -135,9 +141,12 @@ def environment(jobs):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
             processor = next((line.split(':', 1)[1].strip() for line in f if line.startswith('model name')), processor)
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    try:
+        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        git = ''
     return {
-        'date': datetime.date.today().isoformat(), 'commit': git.stdout.strip() or 'unknown', 'jobs': jobs,
+        'date': datetime.date.today().isoformat(), 'commit': git or 'unknown', 'jobs': jobs,
         'processor': f'{os.cpu_count()} x {processor}', 'gpus': devices,
         'python': platform.python_version(), 'torch': torch.__version__,
     }  # fmt: skip
@@ -157,7 +166,7 @@ def make(runs, jobs, after):
     def train(run):
         for word in run.arguments:  # a run may need the log of another
             for other, event in done.items():
-                if other != run.out_dir and word.endswith(f'={other}'):
+                if other != run.out_dir and re.search(rf'={re.escape(other)}(/|$)', word):
                     event.wait()
         if stopped.is_set():
             return run, 0, ''
@@ -189,6 +198,7 @@ def make(runs, jobs, after):
             for future in as_completed([pool.submit(train, run) for run in runs]):
                 run, status, error = future.result()
                 if status:
+                    bar.close()  # its line ends here
                     fail(f'{error.removeprefix("error: ")} (status {status} of: {run.command})')
                 after(run)
                 done[run.out_dir].set()
@@ -229,7 +239,8 @@ def difference(config, first):
     """
     differences = [a.result['final_val_loss'] - b.result['final_val_loss']
                    for a, b in zip(config.runs, first.runs, strict=True)]  # fmt: skip
-    n, mean = len(differences), statistics.fmean(differences)
+    n = len(differences)
+    mean = sum(differences) / n  # nan where both blew up
     error = _deviation(differences) / math.sqrt(n)
     return mean, error, error > 0 and abs(mean) / error > T_5_PERCENT[min(n, 10) - 2]
 
@@ -383,11 +394,16 @@ def draw(configs, out):
 
 
 def read_made(path):
-    """{out_dir: where and when the run was made}."""
+    """{out_dir: where and when the run was made}; a line that was cut off, by a full disk say, is left out."""
     if not os.path.exists(path):
         return {}
-    with open(path, encoding='utf-8') as f:
-        return {entry.pop('out_dir'): entry for entry in map(json.loads, f)}
+    made = {}
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                made[entry.pop('out_dir')] = entry
+    return made
 
 
 @matplotlib.rc_context({**plot.STYLE, 'savefig.dpi': 100})  # a repository keeps many of these pictures
@@ -420,7 +436,8 @@ def main(argv):
 
         def after(run):
             if not is_finished(run):
-                fail(f'the run in {run.out_dir} was stopped; start again to go on')
+                fail(f'the run in {run.out_dir} has no evaluation at its last iteration; if it was stopped, the same '
+                     'command goes on')
             with open(made, 'a', encoding='utf-8') as f:
                 f.write(runlog.line({'out_dir': run.out_dir, **where}))
 
@@ -444,3 +461,6 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('stopped; the same command goes on', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except OSError as e:
+        fail(f'{e.filename or "the report"} cannot be written or read ({e.strerror}); mend that, and the same command '
+             'goes on')

@@ -107,6 +107,12 @@ def test_a_run_that_blew_up_is_reported_as_such(finished):
     assert 'inf' in compare.report([first, second], 'results/x', [], {}, {})
 
 
+def test_of_two_that_blew_up_none_is_lower(finished):
+    first = finished('first', [4.0, None], [4.0, None], [4.0, 2.0])
+    second = finished('second', [4.0, None], [4.0, 2.0], [4.0, None])
+    assert compare.table([first, second])[1][4] == '+nan'
+
+
 def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
     configs = [finished('a', [1.0]), finished('b', [0.9]), finished('c', [0.8], optimizer='adamcpr')]
     text = compare.report(configs, 'results/x', [], {}, {})
@@ -168,6 +174,21 @@ def test_finished_runs_are_not_made_again(recipe):
     assert files(out / 'runs') == before and (out / 'report.md').read_text() == text
 
 
+def test_a_run_from_anothers_checkpoint_waits_until_it_is_finished(tmp_path, dataset):
+    out, common = tmp_path / 'out', [f'--dataset={dataset}', '--seeds=1', '--jobs=2']
+    onwards = f'{ADAMW} --init_from={{1}}/ckpt.pt --learning_rate=0.0 --min_lr=0.0 --max_iters=12'
+    process = start(out, ADAMW, onwards, *common)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    first, second = (json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines())
+    assert second['val_losses'] == {'8': first['final_val_loss'], '12': first['final_val_loss']}
+
+    _, err = start(out, ADAMW, f'--init_from={tmp_path}/ckpt.pt', *common).communicate()
+    assert 'made with init_from=scratch, not init_from=' in err
+    (out / 'made.jsonl').write_text('{"out_dir": "cut o')
+    assert start(out, ADAMW, *common).wait() == 0 and 'not recorded' in (out / 'report.md').read_text()
+
+
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(recipe, tmp_path):
     out, arguments = tmp_path / 'killed', [word for word in recipe[1] if not word.startswith(WN)]
     process = start(out, *arguments, '--jobs=1', start_new_session=True)
@@ -205,6 +226,8 @@ def test_other_settings_than_those_of_the_runs_there_are_refused(recipe, monkeyp
     (['--out=x', ADAMW, './' + ADAMW], 'two of the configs'),
     (['--out=x', ADAMW + " --out_dir='x"], 'in one pair of quotes'),
     (['--out=x', '--seeds=1', ' --weight_decay=1'], 'names no config file'),
+    (['--out=x', ADAMW, '--seed=7'], '--seed=7'),
+    (['--out=x', ADAMW + ' --eval_iters=2'], '--eval_iters=2'),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(arguments, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -219,6 +242,7 @@ def test_a_mistake_in_a_config_is_what_train_py_says(tmp_path, dataset):
     process = start(tmp_path / 'out', f'{ADAMW} --weight_decai=1', f'--dataset={dataset}', '--seeds=1')
     _, err = process.communicate()
     assert process.returncode == 2 and "did you mean 'weight_decay'?" in err
+    assert err.splitlines()[-1].startswith('error: ')
     assert not (tmp_path / 'out').exists()
 
 
