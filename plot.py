@@ -110,11 +110,14 @@ def load(out_dir, name, style):
 
 
 def load_all(out_dirs):
-    """The runs, called by the last part of their folder, or by the whole of it where two end alike."""
+    """The runs, called by the last part of their folder, by the whole of it where two end alike, and by number
+    where what a legend has room for is alike."""
     names = [os.path.basename(os.path.abspath(out_dir)) for out_dir in out_dirs]
     if len(set(names)) < len(names):
         names = [os.path.normpath(out_dir) for out_dir in out_dirs]
     names = [name if len(name) <= 30 else f'{name[:12]}…{name[-17:]}' for name in names]  # what a legend has room for
+    if len(set(names)) < len(names):
+        names = [f'{number}: {name}' for number, name in enumerate(names, 1)]
     runs = []
     for index, (out_dir, name) in enumerate(zip(out_dirs, names, strict=True)):
         dash, colour = divmod(index, len(COLOURS))

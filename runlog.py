@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+from contextlib import suppress
 from functools import partial
 
 from runtime import fail
@@ -110,7 +111,8 @@ class RunLog:
                 f.writelines(line(e) for e in kept)
             os.replace(temporary, self.path)
         except OSError:
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
         self.file = open(self.path, 'ab', buffering=0)  # what is written is in the file, whatever comes next
 

@@ -142,6 +142,13 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     assert [run.name for run in plot.load_all(['a/out', 'b/out/'])] == ['a/out', 'b/out']
 
 
+def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
+    folders = [tmp_path / f'a-long-name-of-{middle}-that-no-legend-has-room-for' for middle in ('one', 'two')]
+    for folder in folders:
+        write_log(folder, [{'kind': 'eval', 'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}])
+    assert [run.name[:2] for run in plot.load_all(folders)] == ['1:', '2:']
+
+
 # ---------------------------------------------------------------------------- choosing the tensor
 
 
