@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -146,6 +147,8 @@ def test_another_seed_and_share_divide_otherwise(prepare, tmp_path):
      ['*.jsonl'], '{p}/b.jsonl cannot be read'),
     (lambda p: [(p / f'{n}.jsonl.gz').write_bytes(gzip.compress(b'{"text": "x"}\n')[: 9 if n == 'b' else None])
                 for n in 'abc'], ['*.jsonl.gz'], '{p}/b.jsonl.gz cannot be read'),
+    pytest.param(lambda p: (p / 'a.jsonl.lz4').touch(), ['*.lz4'], 'run: pip install lz4',
+                 marks=pytest.mark.skipif(bool(find_spec('lz4')), reason='lz4 is installed')),
     (lambda p: None, ['*.parquet'], 'no file is called'),
     (lambda p: (p / 'a.csv').write_text('text\nx\n'), ['*.csv'], 'a.csv is of no known format'),
     (lambda p: [(p / n).write_text('x') for n in ('a.txt', 'b.json')], ['*'], 'json and text'),

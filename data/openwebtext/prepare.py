@@ -13,6 +13,7 @@ folder, since the shuffled order needs each document at any time.
 import copy
 import errno
 import glob
+import importlib.util
 import mmap
 import os
 import shutil
@@ -29,7 +30,7 @@ from runtime import fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.text': 'text'}
-COMPRESSED = {'.gz', '.zst', '.bz2', '.xz', '.lz4'}
+COMPRESSED = {'.bz2': 'bz2', '.gz': 'gzip', '.lz4': 'lz4', '.xz': 'lzma', '.zst': 'zstandard'}  # and what reads it
 
 
 class Texts:
@@ -134,7 +135,9 @@ def _format(files):
         kind = FORMATS.get(os.path.splitext(stem)[1] if compressed else suffix)
         if kind is None or (compressed and kind == 'parquet'):
             raise ValueError(f'{path} is of no known format; its name must end with {", ".join(FORMATS)}, all but '
-                             f'parquet perhaps followed by {", ".join(sorted(COMPRESSED))}')  # fmt: skip
+                             f'parquet perhaps followed by {", ".join(COMPRESSED)}')  # fmt: skip
+        if compressed and importlib.util.find_spec(COMPRESSED[suffix]) is None:
+            raise ValueError(f'{path} needs a package that is not installed; run: pip install {COMPRESSED[suffix]}')
         kinds.add(kind)
     if len(kinds) > 1:
         raise ValueError(f'the files are {" and ".join(sorted(kinds))}; prepare files of one format at a time')
