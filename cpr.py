@@ -122,8 +122,9 @@ class _NormAdam(Optimizer):
         moments_dtype: of exp_avg and exp_avg_sq, torch.float32 or torch.bfloat16.
         stochastic_rounding: True or a seed: round the bfloat16 weights (and moments) that are written at random, right
             on average, so that updates smaller than their last digit are not lost. The same seed gives the same bits.
-            Adam's pass does so, with the d_j in it. A correction that is a pass of its own (order='after'; in plain
-            torch all but l2's) rounds to nearest: on bfloat16 weights it loses what is less than half a last digit.
+            A correction that is a pass of its own (order='after'; in plain torch all but l2's) does so once more. Not
+            so one addition, that of the mean's part in 'std' of DTensors: where it is less than half a last digit of
+            bfloat16 weights it is lost, and they are pulled towards 0 instead of towards their mean.
         process_group: of the ranks that the parameters are divided between, each with whole tensors of its own, as
             torch.distributed.optim.ZeroRedundancyOptimizer does it: norms over all tensors are then over all ranks'.
 
@@ -409,7 +410,7 @@ class _NormAdam(Optimizer):
             self._decide(parts)
             for b in batches:
                 b.centre()
-                b.passes.correct_(b.tensors, slice(0, b.regularized), b.decay)
+                b.passes.correct_(b.tensors, slice(0, b.regularized), b.decay, b.steps, seed=self.seed)
         for b in batches:
             b.shift_()
 

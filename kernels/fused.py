@@ -86,6 +86,14 @@ def rounded(x, bits, DTYPE: tl.constexpr):
     return x
 
 
+@triton.jit
+def random_bits(seed, element, step, name):
+    """plain.random_bits for some elements (int64) of a tensor, uint32 each."""
+    low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
+    r0, r1, r2, r3 = tl.philox(seed, low, high, low * 0 + step, low * 0 + name, 7)
+    return r0, r1, r2, r3
+
+
 # ---- a chunk, a tensor's sum: indexing, and nothing else
 
 
@@ -127,9 +135,7 @@ def adam_chunk(
         v = tl.load(exp_avg_sq_ + at, mask, eviction_policy=once).to(tl.float32)
         theta, m, v = adam(theta, g, m, v, d, mean, lr, rest1, rest2, bias1, sqrt_bias2, eps, REG)
         if STOCHASTIC:
-            element = start + at
-            low, high = element.to(tl.uint32), (element >> 32).to(tl.uint32)
-            r0, r1, r2, _ = tl.philox(seed, low, high, low * 0 + step, low * 0 + name, 7)
+            r0, r1, r2, _ = random_bits(seed, start + at, step, name)
             theta, m, v = rounded(theta, r0, THETA), rounded(m, r1, MOMENT), rounded(v, r2, MOMENT)
         theta = theta.to(THETA)
         tl.store(theta_ + at, theta, mask, eviction_policy=again)
@@ -405,28 +411,34 @@ def _adam(
                 tl.store(sums + chunks + chunk, second_sum)
 
 
-@triton.jit(do_not_specialize=['n', 'chunks', 'last'])
-def _correct(n, chunks, last, addresses, owner, first, numel, means, stds, decay, THETA: tl.constexpr,
-             REG: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=['n', 'chunks', 'last', 'seed'])
+def _correct(n, chunks, last, addresses, owner, first, numel, numbers, means, stds, steps, decay, seed,
+             THETA: tl.constexpr, REG: tl.constexpr, STOCHASTIC: tl.constexpr):  # fmt: skip
     """theta <- theta - d_j g(theta), where d_j is not 0. 8 bytes a parameter, less what the L2 still holds."""
     chunk = last - tl.program_id(0)  # backwards: what Adam's pass wrote last is still in the L2 cache
     j, start, size = place(owner, first, numel, chunk)
     d = pull(decay, stds, numel, j, REG)
     if d != 0:
         mean = tl.load(means + j)
+        step = tl.load(steps + j).to(tl.uint32)
+        name = tl.load(numbers + j) if STOCHASTIC else j
         if (size == CHUNK) & (tl.load(addresses + j) % 16 == 0):
-            correct_chunk(addresses, n, j, start, size, d, mean, THETA, REG, True)
+            correct_chunk(addresses, n, j, start, size, d, mean, seed, step, name, THETA, REG, STOCHASTIC, True)
         else:
-            correct_chunk(addresses, n, j, start, size, d, mean, THETA, REG, False)
+            correct_chunk(addresses, n, j, start, size, d, mean, seed, step, name, THETA, REG, STOCHASTIC, False)
 
 
 @triton.jit
-def correct_chunk(addresses, n, j, start, size, d, mean, THETA: tl.constexpr, REG: tl.constexpr, WHOLE: tl.constexpr):
+def correct_chunk(addresses, n, j, start, size, d, mean, seed, step, name, THETA: tl.constexpr, REG: tl.constexpr,
+                  STOCHASTIC: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     theta_ = pointer(addresses, n, 0, j, start, THETA, WHOLE)
     for k in range(0, CHUNK if WHOLE else size, BLOCK):
         at = k + tl.arange(0, BLOCK)
         mask = None if WHOLE else at < size
         theta = corrected(tl.load(theta_ + at, mask).to(tl.float32), d, mean, REG)
+        if STOCHASTIC:
+            _, _, _, r3 = random_bits(seed, start + at, step, name)
+            theta = rounded(theta, r3, THETA)
         tl.store(theta_ + at, theta.to(THETA), mask)
 
 
@@ -559,8 +571,9 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
     t.wrote(slice(None), sums > 0)
 
 
-def correct_(t, span, decay):
+def correct_(t, span, decay, steps, *, seed=None):
     first, end = t.chunk_of[span.start], t.chunk_of[span.stop]
-    _launch(_correct, end - first, t, end - 1, t.addresses, t.owner, t.first, t.sizes, t.means, t.stds, decay,
-            THETA=TL_DTYPE[t.params[0].dtype], REG=t.reg_function)  # fmt: skip
+    _launch(_correct, end - first, t, end - 1, t.addresses, t.owner, t.first, t.sizes, t.names, t.means, t.stds, steps,
+            decay, seed or 0, THETA=TL_DTYPE[t.params[0].dtype], REG=t.reg_function,
+            STOCHASTIC=seed is not None)  # fmt: skip
     t.wrote(span, False)

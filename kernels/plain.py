@@ -228,25 +228,37 @@ def steering(norm, target, rate):
     return rate * (1 - torch.where(norm > 0, target / norm, 0.0))
 
 
-def correct_(t, span, decay):
+def correct_(t, span, decay, steps, *, seed=None):
     """theta_j <- theta_j - decay_j * g(theta_j) for the tensors in `span`.
 
     g is the direction in which R grows: theta (l2), sign(theta) (l1), clip(theta, -1, 1) (huber),
-    (theta - mean) / ((n - 1) std) (std). Reads and writes each parameter once: 8 bytes (float32).
+    (theta - mean) / ((n - 1) std) (std). decay, steps: vectors. seed: as `adam_`'s, but by the word of random_bits that
+    it leaves. Reads and writes each parameter once: 8 bytes (float32).
     """
-    for theta, d in zip(t.params[span], decay[span], strict=True):
+    for theta, d, step, number in zip(t.params[span], decay[span], steps[span], t.numbers[span], strict=True):
+        if t.on_cpu and d == 0:  # a bound that is not reached, a step that is skipped
+            continue
         if t.reg_function == 'l2' and theta.dtype == torch.float32:
             theta.mul_(1 - d)
-        elif t.reg_function == 'l2':
-            theta.copy_(theta.float() * (1 - d))  # an accelerator would round 1 - d to the tensor's own dtype first
+            continue
+        x = theta.float()  # d times theta itself would be rounded to theta's dtype
+        if t.reg_function == 'l2':
+            g = x
         elif t.reg_function == 'l1':
-            theta.sub_(d * theta.float().sign())
+            g = x.sign()
         elif t.reg_function == 'huber':
-            theta.sub_(d * theta.float().clamp(-1, 1))
+            g = x.clamp(-1, 1)
         elif theta.numel() > 1:
-            std, mean = torch.std_mean(theta.float())
-            g = (theta.float() - mean) / ((theta.numel() - 1) * std)
-            theta.sub_(d * torch.where(std > 0, g, 0.0))  # all elements equal: nothing to pull together
+            std, mean = torch.std_mean(x)
+            # all elements equal: nothing to pull together
+            g = torch.where(std > 0, (x - mean) / ((theta.numel() - 1) * std), 0.0)
+        else:
+            g = torch.zeros_like(x)
+        if seed is not None and theta.dtype == torch.bfloat16:
+            bits = random_bits(seed, theta.numel(), step, number, t.device)[3]
+            theta.copy_(rounded(x - d * g, bits.view(theta.shape)))
+        else:
+            theta.sub_(d * g)
 
 
 def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, sums, seed=None):
@@ -266,7 +278,7 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
     params, skip = t.params, None
     if t.reg_function != 'l2':  # only l2's correction is a decay that Adam's pass can carry
         if order == 'before':
-            correct_(t, slice(0, sums), decay)
+            correct_(t, slice(0, sums), decay, steps, seed=seed)
         decay = torch.zeros_like(decay)
     if t.reg_function != 'l2' or not (on_cpu or order == 'after'):
         sums = 0  # an accelerator cannot ask whether others wrote the weights since: no sum is kept there for later
@@ -326,7 +338,7 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
 def random_bits(seed, count, step, tensor, device):
     """Four tensors (count,) of 32 random bits, int64, for the elements of a tensor: they depend on nothing else.
 
-    tensor: its number.
+    The first is for theta, the next for exp_avg and exp_avg_sq, the last for `correct_`. tensor: its number.
     """
     element = torch.arange(count, device=device)
     step, tensor = (torch.as_tensor(x, device=device).long().expand(count) for x in (step, tensor))

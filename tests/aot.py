@@ -44,7 +44,8 @@ def kernels():
     yield 'adam bfloat16', *adam(theta=BF16), 4, True
     yield 'adam bfloat16, stochastic', *adam(theta=BF16, stochastic=True), 4, True
     yield 'adam bfloat16, moments too, stochastic', *adam(theta=BF16, moment=BF16, stochastic=True), 4, True
-    yield 'correct float32', fused._correct, dict(THETA=FP32, REG='l2'), 4, True
+    yield 'correct float32', fused._correct, dict(THETA=FP32, REG='l2', STOCHASTIC=False), 4, True
+    yield 'correct bfloat16, stochastic', fused._correct, dict(THETA=BF16, REG='l2', STOCHASTIC=True), 4, False
     yield 'sums float32', fused._sums, dict(ROW=1, DTYPE=FP32, REG='l2', samples=None), 4, True
     yield 'clip', fused._clip, dict(grad_scale=None, found_inf=None), 8, False
     yield 'clip, all given', fused._clip, dict(), 8, False

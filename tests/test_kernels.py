@@ -53,6 +53,21 @@ def test_a_skipped_pass_changes_nothing(on_cpu):
         assert all(torch.equal(x, y) for x, y in zip(before[i], after[i], strict=True))
 
 
+@pytest.mark.parametrize('reg_function', ['l2', 'l1', 'std', 'huber'])
+def test_a_correction_rounded_at_random_is_the_same_on_an_accelerator(reg_function):
+    torch.manual_seed(0)
+    start, results = tensors(torch.bfloat16), []
+    decay = torch.tensor([0.0 if i == 2 else 1e-3 * (x.numel() if reg_function == 'std' else 1)
+                          for i, x in enumerate(start)])  # fmt: skip
+    for on_cpu in (True, False):
+        t = plain.Tensors([x.clone() for x in start], tensors(), tensors(), reg_function)
+        t.on_cpu = on_cpu
+        plain.correct_(t, slice(0, len(start)), decay, torch.arange(1.0, len(start) + 1), seed=3)
+        results.append(t.params)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert torch.equal(start[2], results[0][2]) and not torch.equal(start[4], results[0][4])
+
+
 @pytest.mark.parametrize('size', [8, 100])  # below and above what shares a call with others
 def test_moments_of_any_strides_and_precision_are_updated(size):
     torch.manual_seed(0)
