@@ -556,7 +556,8 @@ class AdamWN(_NormAdam):
         rate: k in [0, 1], the share of the way to the target that a step goes.
         ratio: r, the target as a multiple of the norm at the start: a number, or one for each parameter of the group.
         norm: the target itself, in place of ratio: a number, or one for each parameter of the group.
-        scope: 'tensor' steers every tensor by its own norm, 'global' all of them by their joint norm.
+        scope: 'tensor' steers every tensor by its own norm, 'global' all of them by their joint norm. A tensor without
+            a gradient stays as it is and counts in that; until it has had one, its norm at the start is that of now.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
         max_grad_norm, impl, moments_dtype, stochastic_rounding: see _NormAdam.
     State of a controlled tensor besides Adam's: init_norm, 0-d. Raises ValueError for an argument out of range.
@@ -589,12 +590,22 @@ class AdamWN(_NormAdam):
     def _init_scalars(self, p, group):
         return {'init_norm': shards.regularizer([p], 'l2')[0].sqrt()}
 
+    def _waiting(self):
+        """For each controlled tensor without a gradient, sum(theta ** 2) as it is and at the start."""
+        for group in self.param_groups:
+            regularize = group['regularize']
+            for i, p in enumerate(group['params']):
+                if p.grad is None and (regularize[i] if isinstance(regularize, list) else regularize):
+                    now = shards.regularizer([p], 'l2')[0]
+                    start = self.state[p]['init_norm'].square() if 'init_norm' in self.state.get(p, ()) else now
+                    yield torch.stack([now, start])
+
     def _decide(self, parts):
         joint_norm = joint_init = None
         if self.scope == 'global':
             device = self.skipped_steps.device
             squares = [torch.stack([b.whole.R(span).sum(), b.scalars['init_norm'][span].square().sum()]).to(device)
-                       for b, _, span in parts]  # fmt: skip
+                       for b, _, span in parts] + [x.to(device) for x in self._waiting()]  # fmt: skip
             joint = torch.stack(squares).sum(dim=0) if squares else torch.zeros(2, device=device)
             if self.process_group is not None:
                 joint = self._sum_of_ranks(joint)

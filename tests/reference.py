@@ -175,14 +175,19 @@ class Reference:
         return w.lagmul * gradient * (lr if self.reg_by_lr else 1.0)
 
     def wn(self, tensors, points):
-        """k * (1 - target / norm) of each tensor, the norm and its target being its own or those of all together."""
+        """k * (1 - target / norm) of each tensor, the norm and its target being its own or those of all together.
+
+        All: also those that have no gradient and stay as they are. The start of one that has not moved yet is now.
+        """
         if self.scope == 'tensor':
             now = [x.norm().item() for x in points]
             start = [w.theta_0.norm().item() for w in tensors]
         else:
-            chosen = [(w, x) for w, x in zip(tensors, points, strict=True) if w.regularize]
-            now = [math.sqrt(sum(x.square().sum().item() for _, x in chosen))] * len(tensors)
-            start = [math.sqrt(sum(w.theta_0.square().sum().item() for w, _ in chosen))] * len(tensors)
+            moving = {id(w): x for w, x in zip(tensors, points, strict=True)}
+            every = [w for w in self.tensors if w.regularize]
+            now = [moving.get(id(w), w.theta) for w in every]
+            start = [w.theta if w.theta_0 is None else w.theta_0 for w in every]
+            now, start = ([math.sqrt(sum(x.square().sum().item() for x in xs))] * len(tensors) for xs in (now, start))
         target = [r * s for r, s in zip(self.per_tensor(self.ratio, tensors), start, strict=True)]
         if self.norm is not None:
             target = self.per_tensor(self.norm, tensors)

@@ -439,11 +439,10 @@ def test_a_parameter_without_a_gradient_waits(variant):
     params = parameters()
     kind = {AdamW: 'adamw', AdamCPR: 'adamcpr', AdamWN: 'adamwn'}[VARIANTS[variant][0]]
     options = {'lr': 0.03, 'betas': (0.8, 0.95), **VARIANTS[variant][1]}
-    joint = options.get('scope') == 'global'
     reference = Reference(kind, params, **options)
     optimizer = make(variant, params)
     for t, step in enumerate(gradient_steps(params)):
-        step = [g if i == 1 or joint or t % (2 + i) and t > 3 * i else None for i, g in enumerate(step)]
+        step = [g if i == 1 or t % (2 + i) and t > 3 * i else None for i, g in enumerate(step)]
         before = [p.detach().clone() for p in params]
         train(optimizer, params, [step])
         reference.step(step)
@@ -451,6 +450,23 @@ def test_a_parameter_without_a_gradient_waits(variant):
     for p, expected in zip(params, reference.params, strict=True):
         torch.testing.assert_close(p.detach().double(), expected, rtol=2e-5, atol=2e-5)
     assert optimizer.state[params[2]]['step'] == reference.tensors[2].t
+
+
+@pytest.mark.parametrize('order', ['before', 'after'])
+@pytest.mark.parametrize('target', [{'norm': 9.0}, {'ratio': 1.3}], ids=['norm', 'ratio'])
+def test_a_joint_norm_is_that_of_all_tensors_whichever_have_gradients(target, order):
+    results, start = [], parameters()
+    grads = gradient_steps(start, 4)
+    for waits in (False, True):
+        params = copies(start)
+        optimizer = AdamWN(params, lr=0.03, rate=0.5, scope='global', order=order, **target)
+        train(optimizer, params, grads[:3])
+        optimizer.param_groups[0]['lr'] = 0.0  # the correction alone
+        before = params[0].detach().clone()
+        train(optimizer, params, [[*grads[3][:2], None if waits else grads[3][2]]])
+        results.append(params[0])
+        assert not torch.equal(before, params[0])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
 def test_a_step_without_any_gradient_does_nothing():
