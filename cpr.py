@@ -560,7 +560,8 @@ class AdamWN(_NormAdam):
             a gradient stays as it is and counts in that; until it has had one, its norm at the start is that of now.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
         max_grad_norm, impl, moments_dtype, stochastic_rounding: see _NormAdam.
-    State of a controlled tensor besides Adam's: init_norm, 0-d. Raises ValueError for an argument out of range.
+    State of a controlled tensor besides Adam's: init_norm, 0-d. Raises ValueError for an argument out of range; and
+    step() for more than one ratio or norm of a group with scope='global'.
     """
 
     _scalars = ('init_norm',)
@@ -568,11 +569,7 @@ class AdamWN(_NormAdam):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, *, rate=1e-2, ratio=1.0, norm=None,
                  scope='tensor', order='after', **common):
         _require(0 <= rate <= 1, f'rate={rate} must be in [0, 1]')
-        for name, target in (('ratio', ratio), ('norm', norm)):
-            _require(target is None or bool((torch.as_tensor(target) >= 0).all()), f'{name}={target} must be >= 0')
         _require(scope in ('tensor', 'global'), f"scope='{scope}' must be 'tensor' or 'global'")
-        _require(scope == 'tensor' or torch.as_tensor(ratio if norm is None else norm).numel() == 1,
-                 "scope='global' steers one joint norm: ratio and norm must be single numbers")
         self.scope = scope
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, rate=rate, ratio=ratio, norm=norm)
         super().__init__(params, defaults, order=order, **common)
@@ -583,9 +580,23 @@ class AdamWN(_NormAdam):
     def _complete(self, group):
         super()._complete(group)
         for name in ('ratio', 'norm'):
-            count = torch.as_tensor(0.0 if group[name] is None else group[name]).numel()
-            _require(count in (1, len(group['params'])),
-                     f"{name} has {count} values for a group of {len(group['params'])} parameters")
+            target = torch.as_tensor(0.0 if group[name] is None else group[name])
+            _require(bool((target >= 0).all()), f'{name}={group[name]} must be >= 0')
+            _require(target.numel() in (1, len(group['params'])),
+                     f"{name} has {target.numel()} values for a group of {len(group['params'])} parameters")
+        self._check_scope(group)
+
+    def _check_scope(self, group):
+        name = 'ratio' if group['norm'] is None else 'norm'
+        target = group[name]
+        count = len(target) if isinstance(target, (list, tuple)) else target.numel() if torch.is_tensor(target) else 1
+        _require(self.scope == 'tensor' or count == 1,
+                 f"scope='global' steers one joint norm: {name} must be a single number, not {count}")
+
+    def _batches(self):
+        for group in self.param_groups:  # before anything is written: a schedule or a state may have set them since
+            self._check_scope(group)
+        return super()._batches()
 
     def _init_scalars(self, p, group):
         return {'init_norm': shards.regularizer([p], 'l2')[0].sqrt()}

@@ -738,6 +738,32 @@ def test_groups_that_make_no_sense_raise_value_error(cls):
         cls(frozen)
 
 
+@pytest.mark.parametrize('target', [{'ratio': [1.0, 2.0, 1.0]}, {'norm': torch.ones(3)}, {'norm': (1.0, 2.0, 1.0)}],
+                         ids=['ratio', 'norm', 'tuple'])  # fmt: skip
+def test_one_joint_norm_has_one_target_whenever_it_is_set(target):
+    params = parameters()
+    with pytest.raises(ValueError, match='must be a single number, not 3'):
+        AdamWN([{'params': params, **target}], scope='global')
+    optimizer = AdamWN(params[:1], scope='global')
+    with pytest.raises(ValueError, match='must be a single number, not 3'):
+        optimizer.add_param_group({'params': [*params[1:], *parameters([(2, 2)])], **target})
+    optimizer = stepped(AdamWN(params, scope='global'), params)
+    before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()['state'])
+    optimizer.param_groups[0].update(target)
+    with pytest.raises(ValueError, match='must be a single number, not 3'):
+        optimizer.step()
+    assert same_bits(before, params)
+    assert all(same_bits(s.values(), state[i].values()) for i, s in optimizer.state_dict()['state'].items())
+    optimizer.param_groups[0].update(ratio=[1.5], norm=None)
+    stepped(optimizer, params, seed=1)
+
+
+@pytest.mark.parametrize('wrong', [{'ratio': -1.0}, {'norm': [1.0, -2.0, 1.0]}, {'ratio': math.nan}])
+def test_a_groups_own_target_is_not_negative_either(wrong):
+    with pytest.raises(ValueError, match='must be >= 0'):
+        AdamWN([{'params': parameters(), **wrong}])
+
+
 @pytest.mark.parametrize('cls', [AdamW, AdamCPR, AdamWN])
 def test_sparse_gradients_and_complex_parameters_are_refused(cls):
     embedding = nn.Embedding(5, 3, sparse=True)
