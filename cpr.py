@@ -189,7 +189,8 @@ class _NormAdam(Optimizer):
     def _group_module(self, module, defaults):
         """Two groups as nanoGPT's: tensors of two or more dimensions, then the rest, each in the module's order.
 
-        So a checkpoint's optimizer state has the layout of nanoGPT's, and any of the three loads that of another.
+        So a checkpoint's optimizer state has the layout of nanoGPT's, and any of the three loads that of another. A
+        tensor that a module marks with `_no_weight_decay`, as state-space models do, is not regularized.
         """
         params = [p for p in module.parameters() if p.requires_grad]
         _require(params, f'{type(module).__name__} has no parameters that require a gradient')
@@ -198,7 +199,8 @@ class _NormAdam(Optimizer):
         vector_group = {'params': vectors, 'regularize': False}
         if 'weight_decay' in defaults:
             vector_group['weight_decay'] = 0.0  # what torch.optim.AdamW must find when it loads this group
-        return [{'params': matrices, 'regularize': [id(p) in regularized for p in matrices]}, vector_group]
+        regularize = [id(p) in regularized and not getattr(p, '_no_weight_decay', False) for p in matrices]
+        return [{'params': matrices, 'regularize': regularize}, vector_group]
 
     def _regularized_in(self, module):
         return {id(p) for p in module.parameters() if p.dim() >= 2}
@@ -483,10 +485,10 @@ class AdamCPR(_NormAdam):
                  reg_embedding=False, reg_by_lr=False, *, order='before', **common):
         _require(kappa_init_method == 'inflection_point' or kappa_init_param > 0,
                  f'kappa_init_param={kappa_init_param} must be > 0')
-        _require(kappa_init_method != 'warm_start' or kappa_init_param == int(kappa_init_param),
+        _require(kappa_init_method != 'warm_start' or float(kappa_init_param).is_integer(),
                  f'kappa_init_param={kappa_init_param} must be a whole number of steps for warm_start')
         _require(kappa_update >= 0, f'kappa_update={kappa_update} must be >= 0')
-        _require(reg_step_size >= 1 and reg_step_size == int(reg_step_size),
+        _require(reg_step_size >= 1 and float(reg_step_size).is_integer(),
                  f'reg_step_size={reg_step_size} must be a whole number of steps, at least 1')
         _require(0 <= reg_ema_decay < 1, f'reg_ema_decay={reg_ema_decay} must be in [0, 1)')
         self.reg_embedding = reg_embedding

@@ -302,6 +302,14 @@ def test_adamw_and_adamwn_regularize_every_tensor_of_two_or_more_dimensions(cls)
     assert regularized(cls(model), model) == {'wte.weight', 'wpe.weight', 'fc.weight', 'conv.weight'}
 
 
+@pytest.mark.parametrize('cls', [AdamW, AdamCPR, AdamWN])
+def test_a_weight_that_its_module_marks_is_not_regularized(cls):
+    model = Tiny()
+    all_of_them = regularized(cls(model), model)
+    model.fc.weight._no_weight_decay = True
+    assert regularized(cls(model), model) == all_of_them - {'fc.weight'} < all_of_them
+
+
 def test_a_frozen_weight_is_no_parameter_of_the_optimizer():
     model = Tiny()
     model.fc.weight.requires_grad_(False)
@@ -712,6 +720,8 @@ def test_adamwn_takes_weights_that_are_all_zero(order, scope, target):
         *({'kappa_init_method': m, 'kappa_init_param': x}
           for m in ('uniform', 'dependent', 'warm_start') for x in (0, -1.0, math.nan)),
         {'kappa_init_method': 'warm_start', 'kappa_init_param': 2.5},
+        {'kappa_init_method': 'warm_start', 'kappa_init_param': math.inf},
+        {'reg_step_size': math.inf},
     )),
     *((AdamWN, w) for w in (
         {'rate': -0.1}, {'rate': 1.1}, {'ratio': -1.0}, {'ratio': math.nan}, {'norm': -1.0}, {'scope': 'all'},
