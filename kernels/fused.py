@@ -489,22 +489,19 @@ class Tensors(plain.Tensors):
         if capturing:
             self.captured.append(self.addresses)  # read whenever the graph is replayed
 
-    def _versions(self):
-        return [(p.data_ptr(), p._version) for p in self.params]
-
     def wrote(self, span, summed):
         """Count a kernel's writes as torch counts its own; `summed`: the parts of R are those of what it wrote."""
         torch.autograd.graph.increment_version(self.params[span])
-        self._written = self._versions() if summed else None
+        self._written = self._versions(self.params) if summed else None
 
     def R_arguments(self):
         """What a kernel needs to know R. Where others wrote the weights since `wrote`, sums them first.
 
         Asks the host alone. Writes by way of p.data nothing counts: the kernels look for those themselves.
         """
-        if self._written != self._versions():
+        if self._written != self._versions(self.params):
             self.sum(0, self.params, self.reg_function, self.means, self.sums, self.samples)
-            self._written = self._versions()
+            self._written = self._versions(self.params)
         return self.addresses, self.sizes, self.first, self.sums, self.samples, self.means
 
     def sum(self, row, tensors, reg_function, means, sums, samples):

@@ -11,6 +11,7 @@ regularizer's state one for each of the first, regularized ones.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -38,25 +39,51 @@ class Tensors:
         self.reg_function = reg_function
         self.device, self.on_cpu = params[0].device, params[0].is_cpu
         self.numel = torch.tensor([max(p.numel(), 1) for p in params], dtype=torch.float32, device=self.device)
-        self.squares = None  # sum(theta ** 2) as the last pass of Adam summed it
+        self.squares = None  # sum(theta ** 2) of the first ones as the last pass of Adam summed it
         self._written = None
+        self._cut, self._scratch = (None, None), None
 
     def take(self, grads):
         """Have the gradients of this step, one a tensor; None lets go of them."""
         self.grads = grads
 
     def remember(self):
-        """Note the weights as they are now, for `unchanged`."""
-        self._written = [(p.data_ptr(), p._version) for p in self.params], self._samples()
+        """Note the weights that `squares` is of as they are now, for `unchanged`."""
+        self._written = self._versions(self._summed()), self._samples()
 
     def unchanged(self):
-        """Whether nobody has written the weights since. Every tensor counts its writes; what goes by way of p.data it
-        does not count, so a few elements of each are compared besides. Asks the host, so it is for the CPU alone."""
-        written, values = self._written
-        return written == [(p.data_ptr(), p._version) for p in self.params] and torch.equal(self._samples(), values)
+        """Whether nobody has written them since. Every tensor counts its writes; what goes by way of p.data it does
+        not count, so a few elements of each are compared besides. Asks the host, so it is for the CPU alone."""
+        versions, samples = self._written
+        return versions == self._versions(self._summed()) and torch.equal(samples, self._samples())
+
+    def _summed(self):
+        return self.params[: len(self.squares)]
+
+    @staticmethod
+    def _versions(params):
+        return [(p.data_ptr(), p._version) for p in params]
 
     def _samples(self):
-        return torch.cat([p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self.params])
+        return torch.cat([p.detach().flatten()[:: max(1, p.numel() // 16)] for p in self._summed()])
+
+    def cut(self):
+        """For each tensor on the CPU its pieces, (theta, exp_avg, exp_avg_sq) each; None where those are not all
+        contiguous float32. Kept, because making them anew would take 3 % of every step."""
+        tensors = list(zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True))
+        made_of = torch.get_num_threads(), [x.data_ptr() for xs in tensors for x in xs]
+        if self._cut[0] != made_of:
+            self._cut = made_of, [
+                list(zip(*(_pieces(x.detach()) for x in xs), strict=True)) if all(_plain(x) is x for x in xs) else None
+                for xs in tensors]  # fmt: skip
+        return self._cut[1]
+
+    def scratch(self):
+        """Room for a piece, float32 on the CPU. Kept, because new memory is in no cache and not even in place yet."""
+        size = PIECE * torch.get_num_threads()
+        if self._scratch is None or self._scratch.numel() != size:
+            self._scratch = torch.empty(size, dtype=torch.float32)
+        return self._scratch
 
     def R(self, span):
         """R_j of the weights in `span` as they are now: as it was summed when they were written, if nobody wrote them
@@ -66,31 +93,38 @@ class Tensors:
         return regularizer(self.params[span], self.reg_function)
 
 
+def _plain(x):
+    """x itself where it is contiguous float32, else a copy that is."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
 def _pieces(x):
     """A contiguous tensor on the CPU as vectors of PIECE elements a thread, the last one shorter."""
     return x.view(-1).split(PIECE * torch.get_num_threads())
 
 
 def _dot(piece):
-    """sum(x ** 2) of a piece, a Python number."""
-    if piece.dtype == torch.float32:
-        return torch.dot(piece, piece).item()
-    return piece.float().square_().sum().item()  # in a product, squares of so few digits would all round the same way
+    """sum(x ** 2) of a float32 piece, a Python number."""
+    return torch.dot(piece, piece).item()
 
 
 def _sum_of_squares(x):
     """sum(x ** 2), a Python number on the CPU, else 0-d float32. The same bits as when `adam_` sums piece by piece."""
-    if x.is_cpu:
-        return sum(_dot(piece) for piece in _pieces(x.contiguous()))
+    if x.is_cpu and x.dtype == torch.float32:
+        return sum(map(_dot, _pieces(x.contiguous())))
+    if x.is_cpu:  # in a product, squares of so few digits would all round the same way
+        return sum(piece.float().square_().sum().item() for piece in _pieces(x.contiguous()))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
 
 
 def _sum_of_rows(x):
     """sum(x ** 2) of a tensor on the CPU, a Python number: in one pass where that is read from memory, not a cache."""
-    rows = x.numel() // ROW if x.dtype == torch.float32 else 0
-    if not rows:
+    if x.dtype != torch.float32:
         return _sum_of_squares(x)
     x = x.reshape(-1)
+    rows = x.numel() // ROW
+    if not rows:
+        return _dot(x)
     norms = torch.linalg.vector_norm(x[: rows * ROW].view(rows, ROW), dim=1)
     return _dot(norms) + _dot(x[rows * ROW :])
 
@@ -288,47 +322,45 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
         skip, decay = (~proceed).float(), torch.where(proceed, decay, 0.0)
     steps = steps.unbind()
     scale = not on_cpu or grad_coef != 1
-    scaled = torch.empty(PIECE * torch.get_num_threads(), dtype=torch.float32) if on_cpu and scale else None
+    scaled = t.scratch() if on_cpu and scale else None
     squares = [0.0] * sums
-    small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (theta, g, m, v, step) of each
-
-    def update(thetas, gs, exp_avgs, exp_avg_sqs, steps, weight_decay):
-        torch._fused_adamw_(
-            thetas, gs, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-            eps=eps, amsgrad=False, maximize=False, grad_scale=None, found_inf=skip,
-        )  # fmt: skip
-
-    for j, tensors in enumerate(zip(params, t.grads, t.exp_avgs, t.exp_avg_sqs, strict=True)):
-        tensors = [x.detach() for x in tensors]  # autograd has nothing to note of their pieces
-        theta, grad = tensors[:2]
-        work = [x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous() for x in tensors]
-        copied = [(x, y) for x, y in zip(tensors, work, strict=True) if x is not y and x is not grad]
+    small = {}  # tensors whose pass is shorter than the call of it, by weight decay: (g, theta, m, v, step) of each
+    update = partial(torch._fused_adamw_, lr=lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=False, maximize=False,
+                     grad_scale=None, found_inf=skip)  # fmt: skip
+    cut = t.cut() if on_cpu else [None] * len(params)
+    for j, (theta, grad, pieces) in enumerate(zip(params, t.grads, cut, strict=True)):
+        grad, copies = _plain(grad.detach()), {}  # autograd has nothing to note of pieces
+        if pieces is None:
+            stored = [x.detach() for x in (theta, t.exp_avgs[j], t.exp_avg_sqs[j])]
+            work = [_plain(x) for x in stored]
+            copies = {i: (x, y) for i, (x, y) in enumerate(zip(stored, work, strict=True)) if x is not y}
+            pieces = list(zip(*(_pieces(x) if on_cpu else [x] for x in work), strict=True))
         weight_decay = 0.0
         if on_cpu and lr != 0:
             weight_decay = decay[j] / lr  # fused Adam multiplies theta by 1 - lr * weight_decay in the same pass
         else:
-            work[0].mul_(1 - decay[j])
-        if j >= sums and not copied and theta.numel() <= SMALL:
-            small.setdefault(weight_decay, []).append((*work, steps[j]))
+            torch._foreach_mul_([theta_ for theta_, *_ in pieces], 1 - decay[j])
+        if j >= sums and not copies and theta.numel() <= SMALL:
+            small.setdefault(weight_decay, []).append((grad.view(-1), *pieces[0], steps[j]))
             continue
-        for theta_, grad_, exp_avg_, exp_avg_sq_ in zip(*(_pieces(x) if on_cpu else [x] for x in work), strict=True):
+        for grad_, (theta_, exp_avg_, exp_avg_sq_) in zip(_pieces(grad) if on_cpu else [grad], pieces, strict=True):
             if scale:
                 out = scaled if not on_cpu or grad_.numel() == scaled.numel() else scaled[: grad_.numel()]
                 grad_ = torch.mul(grad_, grad_coef, out=out)
-            update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [steps[j]], weight_decay)
-            if j < sums and on_cpu and work[0] is theta:
+            update([theta_], [grad_], [exp_avg_], [exp_avg_sq_], [], [steps[j]], weight_decay=weight_decay)
+            if j < sums and on_cpu and 0 not in copies:
                 squares[j] += _dot(theta_)
-        stochastic = seed is not None and any(x.dtype == torch.bfloat16 for x, _ in copied)
+        stochastic = seed is not None and any(x.dtype == torch.bfloat16 for x, _ in copies.values())
         bits = random_bits(seed, theta.numel(), steps[j], t.numbers[j], t.device) if stochastic else None
-        for x, y in copied:
-            which = 0 if x is theta else 1 if x is tensors[2] else 2
+        for i, (x, y) in copies.items():
             rounds = stochastic and x.dtype == torch.bfloat16
-            x.copy_(rounded(y, bits[which].view(y.shape)) if rounds else y)
-        if j < sums and on_cpu and work[0] is not theta:
+            x.copy_(rounded(y, bits[i].view(y.shape)) if rounds else y)
+        if j < sums and on_cpu and 0 in copies:
             squares[j] = _sum_of_squares(theta)
     for weight_decay, batch in small.items():
-        thetas, gs, *rest = zip(*batch, strict=True)
-        update(thetas, torch._foreach_mul(gs, grad_coef) if scale else gs, *rest, weight_decay)
+        gs, thetas, exp_avgs, exp_avg_sqs, at = zip(*batch, strict=True)
+        gs = torch._foreach_mul(gs, grad_coef) if scale else gs
+        update(thetas, gs, exp_avgs, exp_avg_sqs, [], at, weight_decay=weight_decay)
     t.squares = None
     if sums:
         t.squares = _vector(squares, t.device) if on_cpu else regularizer(params[:sums], 'l2')
