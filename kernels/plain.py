@@ -71,10 +71,10 @@ class Tensors:
         """For each tensor on the CPU its pieces, (theta, exp_avg, exp_avg_sq) each; None where those are not all
         contiguous float32. Kept, because making them anew would take 3 % of every step."""
         tensors = list(zip(self.params, self.exp_avgs, self.exp_avg_sqs, strict=True))
-        made_of = torch.get_num_threads(), [x.data_ptr() for xs in tensors for x in xs]
+        made_of = torch.get_num_threads(), [(x.data_ptr(), x.stride()) for xs in tensors for x in xs]
         if self._cut[0] != made_of:
             self._cut = made_of, [
-                list(zip(*(_pieces(x.detach()) for x in xs), strict=True)) if all(_plain(x) is x for x in xs) else None
+                list(zip(*(_pieces(x.detach()) for x in xs), strict=True)) if all(map(_is_plain, xs)) else None
                 for xs in tensors]  # fmt: skip
         return self._cut[1]
 
@@ -93,9 +93,13 @@ class Tensors:
         return regularizer(self.params[span], self.reg_function)
 
 
+def _is_plain(x):
+    return x.dtype == torch.float32 and x.is_contiguous()
+
+
 def _plain(x):
     """x itself where it is contiguous float32, else a copy that is."""
-    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+    return x if _is_plain(x) else x.float().contiguous()
 
 
 def _pieces(x):
@@ -339,7 +343,8 @@ def adam_(t, steps, decay, *, lr, beta1, beta2, eps, grad_coef, proceed, order, 
         if on_cpu and lr != 0:
             weight_decay = decay[j] / lr  # fused Adam multiplies theta by 1 - lr * weight_decay in the same pass
         else:
-            torch._foreach_mul_([theta_ for theta_, *_ in pieces], 1 - decay[j])
+            for theta_, *_ in pieces:
+                theta_.mul_(1 - decay[j])
         if j >= sums and not copies and theta.numel() <= SMALL:
             small.setdefault(weight_decay, []).append((grad.view(-1), *pieces[0], steps[j]))
             continue

@@ -98,17 +98,19 @@ def test_squares_are_those_of_what_was_written_to_the_last_bit(threads):
 def test_pieces_kept_from_the_last_step_are_those_of_the_memory_it_is_now(monkeypatch):
     """Weights and moments that get other memory between steps, and another number of threads."""
     monkeypatch.setattr(plain, 'PIECE', 64)
-    threads, runs = torch.get_num_threads(), []
+    runs = []
     for anew in (False, True):
         torch.manual_seed(0)
         params, exp_avgs, exp_avg_sqs = tensors(), tensors(), [x.square() for x in tensors()]
         t = plain.Tensors(params, exp_avgs, exp_avg_sqs)
-        for step in range(1, 6):
+        for step in range(1, 7):
             if step == 2:
                 for x in (*params, *exp_avgs):
                     x.data = x.clone() + 1
             if step == 3:
                 exp_avg_sqs[2].data = exp_avg_sqs[2].t().contiguous().t()  # of other strides
+            if step == 6:
+                exp_avgs[4].data = exp_avgs[4].view(129, 257).t()  # of other strides in the same memory
             torch.set_num_threads(2 if step == 4 else 1)
             t = plain.Tensors(params, exp_avgs, exp_avg_sqs) if anew else t
             t.take(tensors())
@@ -116,7 +118,6 @@ def test_pieces_kept_from_the_last_step_are_those_of_the_memory_it_is_now(monkey
                         beta2=0.95, eps=1e-8, grad_coef=torch.tensor(0.5), proceed=torch.tensor(True), order='before',
                         sums=3)  # fmt: skip
         runs.append((*params, *exp_avgs, *exp_avg_sqs, t.squares))
-    torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
