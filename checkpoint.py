@@ -105,14 +105,22 @@ def folders(path):
     """The checkpoint folders beside `path` (folders.py) that were written to their end, the newest first."""
     beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), 'ckpt-*', '.metadata'))
     numbered = {f: f.rpartition('-')[2] for f in map(os.path.dirname, beside)}
-    return sorted((f for f in numbered if numbered[f].isdecimal()), key=lambda f: int(numbered[f]), reverse=True)
+    return sorted(
+        (f for f in numbered if numbered[f].isdecimal()),
+        key=lambda f: int(numbered[f]),
+        reverse=True,
+    )
 
 
 def all_of(path):
     """The checkpoints of the run whose newest file is `path`: it, those before it, and folders; the newest first."""
     files = [f for f in (path, *(old for _, old in _before(path))) if os.path.isfile(f)]
     beside = folders(path)
-    if files and beside and os.path.getmtime(os.path.join(beside[0], '.metadata')) < os.path.getmtime(files[0]):
+    if (
+        files
+        and beside
+        and os.path.getmtime(os.path.join(beside[0], '.metadata')) < os.path.getmtime(files[0])
+    ):
         return files + beside
     return beside + files
 
@@ -129,7 +137,9 @@ def newest(path):
             return candidate, reasons
         reasons[candidate] = reason
     for damaged, reason in reasons.items():
-        fail(f'{damaged} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew')
+        fail(
+            f'{damaged} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew'
+        )
     return path, {}  # there is none: what load() says of it is all there is to say
 
 
@@ -183,10 +193,14 @@ def load(path, checked=False):
     'optimizer'. Fails where there is none or it is damaged. checked: newest() has found it whole."""
     in_parts = os.path.isdir(path)
     if not is_at(path):
-        fail(f'there is no checkpoint at {path}; train one first, or use --init_from=auto to start where there is none')
+        fail(
+            f'there is no checkpoint at {path}; train one first, or use --init_from=auto to start where there is none'
+        )
     reason = None if checked else damage(path)
     if reason:
-        fail(f'{path} is not a readable checkpoint, it may be cut off ({reason}); take another, or start anew')
+        fail(
+            f'{path} is not a readable checkpoint, it may be cut off ({reason}); take another, or start anew'
+        )
     path = os.path.join(path, 'run.pt') if in_parts else path
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -194,16 +208,24 @@ def load(path, checked=False):
         missing = {'model_args', 'iter_num', 'best_val_loss', 'config'} - checkpoint.keys()
         for key in {'model', 'model_args', 'config'} & checkpoint.keys():
             checkpoint[key].items()
-    except Exception as e:  # what torch.load raises on a damaged file depends on where the damage is
+    except (
+        Exception
+    ) as e:  # what torch.load raises on a damaged file depends on where the damage is
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if isinstance(e, pickle.UnpicklingError):  # whose advice, to load what it may be all the same, is none for here
+        if isinstance(
+            e, pickle.UnpicklingError
+        ):  # whose advice, to load what it may be all the same, is none for here
             reason = 'it does not hold what torch.save writes of tensors'
-        fail(f'{path} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew')
+        fail(
+            f'{path} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew'
+        )
     if missing:
         fail(f'{path} lacks {", ".join(sorted(missing))}: it is not a checkpoint of train.py')
     # torch.compile puts its name before each parameter's; nanoGPT saves the compiled model's names at times
     if not in_parts:
-        checkpoint['model'] = {name.removeprefix('_orig_mod.'): tensor for name, tensor in model.items()}
+        checkpoint['model'] = {
+            name.removeprefix('_orig_mod.'): tensor for name, tensor in model.items()
+        }
     return checkpoint
 
 
@@ -217,5 +239,7 @@ def load_model(path):
         model.load_state_dict(saved['model'])
     except (TypeError, ValueError, RuntimeError) as e:
         reason = shorten(str(e), 160)  # torch lists every tensor that does not fit
-        fail(f'{path} does not hold a model of this program ({reason}); use the program that trained it')
+        fail(
+            f'{path} does not hold a model of this program ({reason}); use the program that trained it'
+        )
     return model, saved

@@ -89,11 +89,15 @@ def configs_of(texts, common, seeds, out):
         try:
             words = shlex.split(text)
         except ValueError as e:
-            fail(f"'{text}' cannot be read ({e}); write 'config/NAME.py --key=value' in one pair of quotes")
+            fail(
+                f"'{text}' cannot be read ({e}); write 'config/NAME.py --key=value' in one pair of quotes"
+            )
         taken = [word for word in common + words for key in OWN if word.startswith(f'--{key}=')]
         if taken:
-            fail(f'{taken[0]} is what compare.py chooses itself: by --seeds, by --out, and every evaluation is of the '
-                 'whole of val.bin; leave it out')
+            fail(
+                f'{taken[0]} is what compare.py chooses itself: by --seeds, by --out, and every evaluation is of the '
+                'whole of val.bin; leave it out'
+            )
         own = next((i for i, word in enumerate(words) if word.startswith('--')), len(words))
         if own == 0:
             fail(f"'{text}' names no config file; write 'config/NAME.py {text}'")
@@ -106,14 +110,19 @@ def configs_of(texts, common, seeds, out):
 
     for number, (config, folder) in enumerate(zip(configs, folders, strict=True)):
         for seed in seeds:
+
             def out_dir_of(match, number=number, seed=seed):
                 if not 0 < int(match[1]) <= number:
-                    fail(f"{match[0]} in '{configs[number].name}' must be the number of a config that stands before it")
+                    fail(
+                        f"{match[0]} in '{configs[number].name}' must be the number of a config that stands before it"
+                    )
                 return os.path.join(out, 'runs', folders[int(match[1]) - 1], f'seed{seed}')
 
             words = [re.sub(r'\{(\d+)\}', out_dir_of, word) for word in config.words]
             out_dir = os.path.join(out, 'runs', folder, f'seed{seed}')
-            config.runs.append(Run(seed, out_dir, [*words, WHOLE_VAL, f'--seed={seed}', f'--out_dir={out_dir}']))
+            config.runs.append(
+                Run(seed, out_dir, [*words, WHOLE_VAL, f'--seed={seed}', f'--out_dir={out_dir}'])
+            )
     return configs
 
 
@@ -129,8 +138,12 @@ def is_finished(run):
     asked, _ = configure(dict(settings), run.arguments)  # changes nothing where it is the same run
     other = [key for key in settings if asked[key] != settings[key] and key != 'out_dir']
     if other:
-        was, now = (', '.join(f'{key}={values[key]}' for key in other) for values in (settings, asked))
-        fail(f'the run in {run.out_dir} was made with {was}, not {now}; choose another --out, or delete that run')
+        was, now = (
+            ', '.join(f'{key}={values[key]}' for key in other) for values in (settings, asked)
+        )
+        fail(
+            f'the run in {run.out_dir} was made with {was}, not {now}; choose another --out, or delete that run'
+        )
     return any(e['kind'] == 'eval' and e['iter'] == settings['max_iters'] for e in run.entries)
 
 
@@ -139,17 +152,26 @@ def environment(jobs):
     processor = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo', encoding='utf-8') as f:
-            processor = next((line.split(':', 1)[1].strip() for line in f if line.startswith('model name')), processor)
+            processor = next(
+                (line.split(':', 1)[1].strip() for line in f if line.startswith('model name')),
+                processor,
+            )
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     try:
-        git = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True).stdout.strip()
+        git = subprocess.run(
+            ['git', 'describe', '--always', '--dirty'], capture_output=True, text=True
+        ).stdout.strip()
     except FileNotFoundError:
         git = ''
     return {
-        'date': datetime.date.today().isoformat(), 'commit': git or 'unknown', 'jobs': jobs,
-        'processor': f'{os.cpu_count()} x {processor}', 'gpus': devices,
-        'python': platform.python_version(), 'torch': torch.__version__,
-    }  # fmt: skip
+        'date': datetime.date.today().isoformat(),
+        'commit': git or 'unknown',
+        'jobs': jobs,
+        'processor': f'{os.cpu_count()} x {processor}',
+        'gpus': devices,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+    }
 
 
 def make(runs, jobs, after):
@@ -174,15 +196,24 @@ def make(runs, jobs, after):
         own = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs)), **os.environ}
         if gpus:
             own['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
-        resume = ['--init_from=resume'] if os.path.exists(os.path.join(run.out_dir, 'ckpt.pt')) else []
+        resume = (
+            ['--init_from=resume'] if os.path.exists(os.path.join(run.out_dir, 'ckpt.pt')) else []
+        )
         with tempfile.TemporaryFile('w+') as errors:
-            process = subprocess.Popen([sys.executable, 'train.py', *run.arguments, *resume], env=own, text=True,
-                                       stdout=subprocess.PIPE, stderr=errors)  # fmt: skip
+            process = subprocess.Popen(
+                [sys.executable, 'train.py', *run.arguments, *resume],
+                env=own,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
             running[run.out_dir] = process
             if stopped.is_set():  # while it started
                 process.terminate()
             for line in process.stdout:
-                latest[run.out_dir] = f'{os.path.basename(os.path.dirname(run.out_dir))}: {line.split(",")[0].strip()}'
+                latest[run.out_dir] = (
+                    f'{os.path.basename(os.path.dirname(run.out_dir))}: {line.split(",")[0].strip()}'
+                )
                 bar.set_postfix_str('; '.join(list(latest.values())), refresh=False)
                 bar.update(0)
             status = process.wait()
@@ -221,15 +252,25 @@ def result_of(run, config):
         known = [e[key] for e in steps if e[key] is not None]
         speed[key] = statistics.median(known) if known else None
     ratios = {e['iter']: e['ratio'] for e in run.entries if e['kind'] == 'norms'}
-    val_losses = {i: evals[i]['val_loss'] if evals[i]['val_loss'] is not None else math.inf for i in sorted(evals)}
+    val_losses = {
+        i: evals[i]['val_loss'] if evals[i]['val_loss'] is not None else math.inf
+        for i in sorted(evals)
+    }
     last = max(evals)
     return {
-        'out_dir': run.out_dir, 'config': config.name, 'seed': run.seed, 'optimizer': settings['optimizer'],
+        'out_dir': run.out_dir,
+        'config': config.name,
+        'seed': run.seed,
+        'optimizer': settings['optimizer'],
         'iters': last,
-        'final_val_loss': val_losses[last], 'best_val_loss': min(val_losses.values()),
-        'final_train_loss': evals[last]['train_loss'], 'ratio': ratios[max(ratios)] if ratios else None,
-        **speed, 'val_losses': val_losses, 'command': run.command,
-    }  # fmt: skip
+        'final_val_loss': val_losses[last],
+        'best_val_loss': min(val_losses.values()),
+        'final_train_loss': evals[last]['train_loss'],
+        'ratio': ratios[max(ratios)] if ratios else None,
+        **speed,
+        'val_losses': val_losses,
+        'command': run.command,
+    }
 
 
 def difference(config, first):
@@ -237,8 +278,10 @@ def difference(config, first):
 
     The paired t test, two-sided: the mean over its standard error against Student's t. The error is nan with one seed.
     """
-    differences = [a.result['final_val_loss'] - b.result['final_val_loss']
-                   for a, b in zip(config.runs, first.runs, strict=True)]  # fmt: skip
+    differences = [
+        a.result['final_val_loss'] - b.result['final_val_loss']
+        for a, b in zip(config.runs, first.runs, strict=True)
+    ]
     n = len(differences)
     mean = sum(differences) / n  # nan where both blew up
     error = _deviation(differences) / math.sqrt(n)
@@ -256,8 +299,10 @@ def table(configs):
     seeds = len(first.runs)
     for number, config in enumerate(configs, 1):
         mean, error, significant = difference(config, first)
-        reached = [steps_to(run, start.result['final_val_loss'])
-                   for run, start in zip(config.runs, first.runs, strict=True)]  # fmt: skip
+        reached = [
+            steps_to(run, start.result['final_val_loss'])
+            for run, start in zip(config.runs, first.runs, strict=True)
+        ]
         reached = [i for i in reached if i is not None]
         steps = f'{statistics.fmean(reached):.0f}' if reached else 'never'
         if 0 < len(reached) < seeds:
@@ -266,14 +311,20 @@ def table(configs):
         for key in ('ratio', 'ms', 'tokens_per_s', 'mfu'):
             known = [run.result[key] for run in config.runs if run.result[key] is not None]
             means[key] = statistics.fmean(known) if known else None
-        rows.append([
-            str(number), f'`{config.name}`',
-            _plus_minus(config.mean('final_val_loss'), config.spread('final_val_loss')),
-            _plus_minus(config.mean('best_val_loss'), config.spread('best_val_loss')),
-            '' if config is first else _plus_minus(mean, error, sign='+') + ' *' * significant, steps,
-            *('' if means[key] is None else format(means[key], form)
-              for key, form in (('ratio', '.2f'), ('ms', '.1f'), ('tokens_per_s', ',.0f'))),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(number),
+                f'`{config.name}`',
+                _plus_minus(config.mean('final_val_loss'), config.spread('final_val_loss')),
+                _plus_minus(config.mean('best_val_loss'), config.spread('best_val_loss')),
+                '' if config is first else _plus_minus(mean, error, sign='+') + ' *' * significant,
+                steps,
+                *(
+                    '' if means[key] is None else format(means[key], form)
+                    for key, form in (('ratio', '.2f'), ('ms', '.1f'), ('tokens_per_s', ',.0f'))
+                ),
+            ]
+        )
         if means['mfu'] is not None:
             rows[-1][-1] += f' ({means["mfu"]:.1%} MFU)'
     return rows
@@ -281,7 +332,11 @@ def table(configs):
 
 def _deviation(values):
     """Standard deviation of a sample; nan for a single value, or where one is infinite."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return (
+        statistics.stdev(values)
+        if len(values) > 1 and all(map(math.isfinite, values))
+        else math.nan
+    )
 
 
 def _plus_minus(mean, spread, sign=''):
@@ -295,35 +350,63 @@ def report(configs, out, arguments, pictures, made):
     tried = {}
     for config in configs:
         tried.setdefault(config.runs[0].result['optimizer'], []).append(config)
-    head = ['', 'config', 'final val loss', 'best val loss', 'final, minus the first',
-            "steps to the first's final loss", 'norm ratio', 'ms a step', 'tokens/s']  # fmt: skip
+    head = [
+        '',
+        'config',
+        'final val loss',
+        'best val loss',
+        'final, minus the first',
+        "steps to the first's final loss",
+        'norm ratio',
+        'ms a step',
+        'tokens/s',
+    ]
     lines = [
-        f'# {os.path.basename(os.path.normpath(out))}: {len(configs)} configs, seeds {", ".join(map(str, seeds))}', '',
-        '| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|',
-        *('| ' + ' | '.join(row) + ' |' for row in table(configs)), '',
+        f'# {os.path.basename(os.path.normpath(out))}: {len(configs)} configs, seeds {", ".join(map(str, seeds))}',
+        '',
+        '| ' + ' | '.join(head) + ' |',
+        '|---' * len(head) + '|',
+        *('| ' + ' | '.join(row) + ' |' for row in table(configs)),
+        '',
         f'Losses in nats a token over the whole of val.bin, mean ± standard deviation over {len(seeds)} seeds; the '
         'best is the lowest of the evaluations along the run. The difference to the first config is paired by seed: '
         f'mean ± standard error of {len(seeds)} differences. * marks p < 5 % in a two-sided paired t test, each row '
         f'taken by itself: of {len(configs) - 1} rows that differ in nothing, {0.05 * (len(configs) - 1):.2f} are '
         'expected to have one. Steps: the first evaluation that is at or below what the first config ended with at '
         'that seed. Norm ratio: all weight tensors together, end over start. ms a step, tokens/s: median over the '
-        'run, mean over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir of row N.', '',
-        'Configurations tried: ' + ', '.join(f'{plot.OPTIMIZERS[name]} {len(group)}' for name, group in tried.items())
+        'run, mean over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir of row N.',
+        '',
+        'Configurations tried: '
+        + ', '.join(f'{plot.OPTIMIZERS[name]} {len(group)}' for name, group in tried.items())
         + '. Lowest final loss of each: '
-        + '; '.join(f'{plot.OPTIMIZERS[name]} {min(c.mean("final_val_loss") for c in group):.4f}'
-                    for name, group in tried.items())
-        + '. The lowest of many is lower by luck than a single one is.', '',
+        + '; '.join(
+            f'{plot.OPTIMIZERS[name]} {min(c.mean("final_val_loss") for c in group):.4f}'
+            for name, group in tried.items()
+        )
+        + '. The lowest of many is lower by luck than a single one is.',
+        '',
         *(f'![{caption}]({name})\n' for name, caption in pictures.items()),
-        '## Repeat it', '', '```', ' \\\n  '.join(['python compare.py', *map(shlex.quote, arguments)]), '```', '',
-        f'Runs that are in {os.path.join(out, "runs")} already are kept. results.jsonl has the command of each.', '',
-        '## Made on', '',
-    ]  # fmt: skip
+        '## Repeat it',
+        '',
+        '```',
+        ' \\\n  '.join(['python compare.py', *map(shlex.quote, arguments)]),
+        '```',
+        '',
+        f'Runs that are in {os.path.join(out, "runs")} already are kept. results.jsonl has the command of each.',
+        '',
+        '## Made on',
+        '',
+    ]
     wheres = [made.get(run.out_dir) for config in configs for run in config.runs]
     for where in {json.dumps(where): where for where in wheres}.values():
-        lines.append('- not recorded' if where is None else
-                     f'- {where["date"]}: {where["processor"]}' + ''.join(f', {gpu}' for gpu in where['gpus'])
-                     + f', {where["jobs"]} at a time; Python {where["python"]}, torch {where["torch"]}; commit '
-                     + where['commit'])  # fmt: skip
+        lines.append(
+            '- not recorded'
+            if where is None
+            else f'- {where["date"]}: {where["processor"]}'
+            + ''.join(f', {gpu}' for gpu in where['gpus'])
+            + f', {where["jobs"]} at a time; Python {where["python"]}, torch {where["torch"]}; commit '
+            + where['commit']
+        )
     return '\n'.join(lines) + '\n'
 
 
@@ -332,15 +415,26 @@ def labels(configs):
     names = [config.name.split(' ') for config in configs]
     shared = set.intersection(*(set(settings) for _, *settings in names))
     start = os.path.commonprefix([stem for stem, *_ in names]).rpartition('_')[0]
-    return [' '.join([stem.removeprefix(start).lstrip('_'), *(word for word in settings if word not in shared)])
-            for stem, *settings in names]  # fmt: skip
+    return [
+        ' '.join(
+            [
+                stem.removeprefix(start).lstrip('_'),
+                *(word for word in settings if word not in shared),
+            ]
+        )
+        for stem, *settings in names
+    ]
 
 
 def mean_run(config, label, style):
     """The mean over a config's seeds as one run that plot.py's figures draw."""
     runs = [plot.load(run.out_dir, config.name, style) for run in config.runs]
     entries = {}
-    for kind, keys in (('train', ['loss']), ('eval', ['val_loss', 'train_loss']), ('norms', ['ratio'])):
+    for kind, keys in (
+        ('train', ['loss']),
+        ('eval', ['val_loss', 'train_loss']),
+        ('norms', ['ratio']),
+    ):
         common = set.intersection(*(set(run.entries.get(kind, {})) for run in runs))
         for i in sorted(common):
             values = {key: [run.entries[kind][i][key] for run in runs] for key in keys}
@@ -359,9 +453,19 @@ def final_figure(configs):
     for row, config in enumerate(configs):
         losses = [run.result['final_val_loss'] for run in config.runs]
         colour = colours[config.runs[0].result['optimizer']]
-        ax.plot(losses, [row] * len(losses), 'o', color=colour, markersize=4, alpha=0.5, markeredgewidth=0)
+        ax.plot(
+            losses,
+            [row] * len(losses),
+            'o',
+            color=colour,
+            markersize=4,
+            alpha=0.5,
+            markeredgewidth=0,
+        )
         ax.plot(statistics.fmean(losses), row, '|', color=colour, markersize=12, markeredgewidth=2)
-    ax.axvline(configs[0].mean('final_val_loss'), color=plot.GREY, linewidth=1, linestyle='--', zorder=0)
+    ax.axvline(
+        configs[0].mean('final_val_loss'), color=plot.GREY, linewidth=1, linestyle='--', zorder=0
+    )
     ax.set_yticks(range(len(configs)), names, fontsize=8)
     ax.set_ylim(len(configs) - 0.4, -0.6)
     ax.grid(axis='y', visible=False)
@@ -380,14 +484,23 @@ def draw(configs, out):
             if known is None or config.mean('final_val_loss') < known.mean('final_val_loss'):
                 best[config.file] = config
         shown = list(dict.fromkeys([configs[0], *best.values()]))[: len(plot.COLOURS)]
-        caption += ': the first config, and of each config file the settings with the lowest final loss'
-    runs = [mean_run(config, label, {'color': plot.COLOURS[i], 'linestyle': '-'})
-            for i, (config, label) in enumerate(zip(shown, labels(shown), strict=True))]  # fmt: skip
+        caption += (
+            ': the first config, and of each config file the settings with the lowest final loss'
+        )
+    runs = [
+        mean_run(config, label, {'color': plot.COLOURS[i], 'linestyle': '-'})
+        for i, (config, label) in enumerate(zip(shown, labels(shown), strict=True))
+    ]
     figures = {'final.png': final_figure(configs), 'loss.png': plot.loss_figure(runs)}
-    captions = {'final.png': 'final validation loss: a dot a run, a bar their mean, dashed that of the first config',
-                'loss.png': f'loss, {caption}'}  # fmt: skip
+    captions = {
+        'final.png': 'final validation loss: a dot a run, a bar their mean, dashed that of the first config',
+        'loss.png': f'loss, {caption}',
+    }
     if all(run.entries.get('norms') for run in runs):
-        figures['ratio.png'], captions['ratio.png'] = plot.ratio_figure(runs), f'norm ratio, {caption}'
+        figures['ratio.png'], captions['ratio.png'] = (
+            plot.ratio_figure(runs),
+            f'norm ratio, {caption}',
+        )
     for name, figure in figures.items():
         plot.save(figure, os.path.join(out, name))
     return captions
@@ -406,7 +519,9 @@ def read_made(path):
     return made
 
 
-@matplotlib.rc_context({**plot.STYLE, 'savefig.dpi': 100})  # a repository keeps many of these pictures
+@matplotlib.rc_context(
+    {**plot.STYLE, 'savefig.dpi': 100}
+)  # a repository keeps many of these pictures
 def main(argv):
     parser = plot.Arguments(
         usage='python compare.py CONFIG... --seeds=1,2,3 [--key=value...] --out=results/NAME [--jobs=N]',
@@ -414,10 +529,19 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='a config file; in quotes with its own settings')
+    parser.add_argument(
+        'configs',
+        nargs='+',
+        metavar='CONFIG',
+        help='a config file; in quotes with its own settings',
+    )
     parser.add_argument('--seeds', default='1,2,3', help='one run of every config with each')
-    parser.add_argument('--out', required=True, metavar='FOLDER', help='where the runs and the report go')
-    parser.add_argument('--jobs', type=int, help='runs at a time; default: one for each GPU, or else for each core')
+    parser.add_argument(
+        '--out', required=True, metavar='FOLDER', help='where the runs and the report go'
+    )
+    parser.add_argument(
+        '--jobs', type=int, help='runs at a time; default: one for each GPU, or else for each core'
+    )
     args, common = parser.parse_known_args(argv)
     seeds = args.seeds.split(',')
     if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
@@ -432,12 +556,16 @@ def main(argv):
     made = os.path.join(args.out, 'made.jsonl')
     if missing:
         where = environment(jobs)
-        print(f'{len(runs)} runs, {len(runs) - len(missing)} of them finished before; {jobs} at a time')
+        print(
+            f'{len(runs)} runs, {len(runs) - len(missing)} of them finished before; {jobs} at a time'
+        )
 
         def after(run):
             if not is_finished(run):
-                fail(f'the run in {run.out_dir} has no evaluation at its last iteration; if it was stopped, the same '
-                     'command goes on')
+                fail(
+                    f'the run in {run.out_dir} has no evaluation at its last iteration; if it was stopped, the same '
+                    'command goes on'
+                )
             with open(made, 'a', encoding='utf-8') as f:
                 f.write(runlog.line({'out_dir': run.out_dir, **where}))
 
@@ -462,5 +590,7 @@ if __name__ == '__main__':
         print('stopped; the same command goes on', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as e:
-        fail(f'{e.filename or "the report"} cannot be written or read ({e.strerror}); mend that, and the same command '
-             'goes on')
+        fail(
+            f'{e.filename or "the report"} cannot be written or read ({e.strerror}); mend that, and the same command '
+            'goes on'
+        )

@@ -26,7 +26,11 @@ def configure(namespace, argv=None):
     there or does not run. Returns (settings, given): all settings by name, and the names that argv or a file set.
     """
     argv = sys.argv[1:] if argv is None else argv
-    settings = {k: v for k, v in namespace.items() if not k.startswith('_') and type(v) in (bool, int, float, str)}
+    settings = {
+        k: v
+        for k, v in namespace.items()
+        if not k.startswith('_') and type(v) in (bool, int, float, str)
+    }
     if '--help' in argv or '-h' in argv:
         print(_help(namespace['__file__'], settings))
         raise SystemExit(0)
@@ -54,7 +58,11 @@ class _Text(str):
 def _run(path, settings):
     """The names that the config file at `path` assigns; it sees the settings as they are so far."""
     if not os.path.isfile(path):
-        known = [os.path.join('config', f) for f in os.listdir('config')] if os.path.isdir('config') else []
+        known = (
+            [os.path.join('config', f) for f in os.listdir('config')]
+            if os.path.isdir('config')
+            else []
+        )
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         hint = f'; did you mean {close[0]}?' if close else '; settings are written --key=value'
         fail(f"there is no config file '{path}'{hint}")
@@ -64,16 +72,23 @@ def _run(path, settings):
             exec(compile(f.read(), path, 'exec'), dict(settings), assigned)
         except (Exception, SystemExit) as e:  # whatever the user's file raises
             fail(f'config file {path} does not run: {type(e).__name__}: {e}')
-    return {key: value for key, value in assigned.items()
-            if not key.startswith('_') and not isinstance(value, types.ModuleType) and not callable(value)}
+    return {
+        key: value
+        for key, value in assigned.items()
+        if not key.startswith('_')
+        and not isinstance(value, types.ModuleType)
+        and not callable(value)
+    }
 
 
 def _checked(key, value, settings, source):
     """`value` as a value of setting `key`, or a failure that says what it should have been."""
     if key not in settings:
         close = difflib.get_close_matches(key, settings, n=1)
-        fail(f"unknown setting '{key}' in {source}" + (f"; did you mean '{close[0]}'?" if close else
-                                                       '; --help lists all settings'))  # fmt: skip
+        fail(
+            f"unknown setting '{key}' in {source}"
+            + (f"; did you mean '{close[0]}'?" if close else '; --help lists all settings')
+        )
     wanted = type(settings[key])
     if isinstance(value, _Text):
         text, value = value, str(value)
@@ -85,8 +100,12 @@ def _checked(key, value, settings, source):
     if wanted is float and type(value) is int:
         value = float(str(value))  # one too large becomes infinite, which check() refuses
     if type(value) is not wanted:
-        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}[wanted]
-        fail(f'{key}={value!r} in {source}: {key} must be {kind}, like its default {settings[key]!r}')
+        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}[
+            wanted
+        ]
+        fail(
+            f'{key}={value!r} in {source}: {key} must be {kind}, like its default {settings[key]!r}'
+        )
     return value
 
 
@@ -116,16 +135,28 @@ def _help(script, settings):
     """Every setting with its default and the comment beside it, under the headings that stand in the source."""
     with open(script, encoding='utf-8') as f:
         source = f.read()
-    comments = {t.start[0]: (t.start[1], t.string.lstrip('# ').strip())
-                for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    lines = [f'usage: python {os.path.basename(script)} [CONFIG_FILE | --key=value] ...   the later one wins', '']
+    comments = {
+        t.start[0]: (t.start[1], t.string.lstrip('# ').strip())
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
+    lines = [
+        f'usage: python {os.path.basename(script)} [CONFIG_FILE | --key=value] ...   the later one wins',
+        '',
+    ]
     shown = set()
     for node in ast.parse(source).body:
-        names = [t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name) and t.id in settings]
+        names = [
+            t.id
+            for t in getattr(node, 'targets', [])
+            if isinstance(t, ast.Name) and t.id in settings
+        ]
         if not names or names[0] in shown:
             continue
         shown.update(names)
-        if comments.get(node.lineno - 1, (1, ''))[0] == 0:  # a line of its own above a setting heads the next ones
+        if (
+            comments.get(node.lineno - 1, (1, ''))[0] == 0
+        ):  # a line of its own above a setting heads the next ones
             lines += ['', comments[node.lineno - 1][1]]
         note = comments.get(node.end_lineno, (0, ''))[1]
         lines += [f'  --{name}={settings[name]!r}'.ljust(44) + note for name in names]

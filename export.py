@@ -26,10 +26,18 @@ def model_of(gpt, end):
     own = gpt.config
     activation = {approximate: name for name, approximate in reversed(GELU_APPROXIMATE.items())}
     config = GPT2Config(
-        vocab_size=own.vocab_size, n_positions=own.block_size, n_embd=own.n_embd, n_layer=own.n_layer,
-        n_head=own.n_head, activation_function=activation[own.gelu_approximate], bos_token_id=end, eos_token_id=end,
-        resid_pdrop=own.dropout, embd_pdrop=own.dropout, attn_pdrop=own.dropout,
-    )  # fmt: skip
+        vocab_size=own.vocab_size,
+        n_positions=own.block_size,
+        n_embd=own.n_embd,
+        n_layer=own.n_layer,
+        n_head=own.n_head,
+        activation_function=activation[own.gelu_approximate],
+        bos_token_id=end,
+        eos_token_id=end,
+        resid_pdrop=own.dropout,
+        embd_pdrop=own.dropout,
+        attn_pdrop=own.dropout,
+    )
     theirs, weights = GPT2LMHeadModel(config), gpt.state_dict()
     state = {}
     for name, tensor in theirs.state_dict().items():
@@ -51,23 +59,33 @@ def tokenizer_for_transformers(tokens, block_size):
 
     special = {}
     if tokens.meta['tokenizer'] == 'char':
-        converted = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens.itos)}, merges=[]))
+        converted = Tokenizer(
+            models.BPE(vocab={c: i for i, c in enumerate(tokens.itos)}, merges=[])
+        )
         converted.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), behavior='isolated')
         converted.decoder = decoders.Fuse()
     else:
         name = '<|endoftext|>'
         special = {'bos_token': name, 'eos_token': name, 'unk_token': name}
         converter = TikTokenConverter(pattern=tokens.pattern, extra_special_tokens=[name])
-        converter.load_tiktoken_bpe = lambda _: tokens.encoding._mergeable_ranks  # they are in memory already
+        converter.load_tiktoken_bpe = lambda _: (
+            tokens.encoding._mergeable_ranks
+        )  # they are in memory already
         converted = converter.converted()
-    return PreTrainedTokenizerFast(tokenizer_object=converted, model_max_length=block_size,
-                                   clean_up_tokenization_spaces=False, **special)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converted,
+        model_max_length=block_size,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
 
 
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
     arguments.add_argument('out_dir', metavar='OUT_DIR')
-    arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='is made; it must not be there yet')
+    arguments.add_argument(
+        'hf_dir', metavar='HF_DIR', type=Path, help='is made; it must not be there yet'
+    )
     arguments.add_bpe_file()
     args = arguments.parse_args()
     temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')

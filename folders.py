@@ -32,7 +32,9 @@ class Writer:
     def __init__(self, out_dir, keep, rank):
         self.path = self.out_dir = out_dir
         self.keep, self.rank, self.pending = keep, rank, None
-        self.group = torch.distributed.new_group(backend='gloo')  # the thread that writes talks to its like, by itself
+        self.group = torch.distributed.new_group(
+            backend='gloo'
+        )  # the thread that writes talks to its like, by itself
 
     def save(self, tensors, run):
         """Return when `tensors`, {name: tensor} of what this rank has, are copied to host memory. run: for run.pt."""
@@ -53,7 +55,7 @@ class Writer:
         except dcp.CheckpointException as e:
             raise OSError(str(next(iter(e.failures.values()))[0])) from e
         if self.rank == 0:
-            for old in checkpoint.folders(os.path.join(self.out_dir, 'ckpt.pt'))[self.keep:]:
+            for old in checkpoint.folders(os.path.join(self.out_dir, 'ckpt.pt'))[self.keep :]:
                 shutil.rmtree(old)
 
 
@@ -73,7 +75,9 @@ def damage(folder):
 def tensors(params, states):
     """{name in a folder: tensor} for params {name: parameter} and their states {name: {state: tensor}}."""
     named = {f'model.{name}': p.detach() for name, p in params.items()}
-    return named | {f'optimizer.{name}.{k}': v for name, state in states.items() for k, v in state.items()}
+    return named | {
+        f'optimizer.{name}.{k}': v for name, state in states.items() for k, v in state.items()
+    }
 
 
 def read(folder, params, own=None, no_dist=False):
@@ -90,7 +94,9 @@ def read(folder, params, own=None, no_dist=False):
             if metadata.size == like.shape:
                 values = torch.zeros_like(like, dtype=metadata.properties.dtype)
             else:
-                values = torch.empty(metadata.size, dtype=metadata.properties.dtype, device=like.device)
+                values = torch.empty(
+                    metadata.size, dtype=metadata.properties.dtype, device=like.device
+                )
             states.setdefault(name, {})[state] = values
     dcp.load(tensors(params, states), checkpoint_id=folder, no_dist=no_dist)
     return states
@@ -113,8 +119,10 @@ def convert(source, target):
     if os.path.isdir(source):
         states = read(source, params, no_dist=True)
         saved['model'] = model.state_dict()  # lm_head.weight, too
-        saved['optimizer'] = {'state': {i: states[name] for i, name in enumerate(names) if name in states},
-                              'param_groups': saved.pop('param_groups')}  # fmt: skip
+        saved['optimizer'] = {
+            'state': {i: states[name] for i, name in enumerate(names) if name in states},
+            'param_groups': saved.pop('param_groups'),
+        }
         checkpoint.save(target, saved)
     else:
         model.load_state_dict(saved.pop('model'))
@@ -123,7 +131,9 @@ def convert(source, target):
         temporary = f'{str(target).rstrip("/")}.tmp'
         os.makedirs(temporary)
         try:
-            checkpoint.save(os.path.join(temporary, RUN), {**saved, 'param_groups': optimizer['param_groups']})
+            checkpoint.save(
+                os.path.join(temporary, RUN), {**saved, 'param_groups': optimizer['param_groups']}
+            )
             dcp.save(tensors(params, states), checkpoint_id=temporary, no_dist=True)
             os.replace(temporary, target)
         finally:
@@ -138,5 +148,7 @@ if __name__ == '__main__':
         convert(*sys.argv[1:])
     except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        fail(f'cannot make {sys.argv[2]} of {sys.argv[1]} ({reason}); see that there is room, and a checkpoint')
+        fail(
+            f'cannot make {sys.argv[2]} of {sys.argv[1]} ({reason}); see that there is room, and a checkpoint'
+        )
     print(f'wrote {sys.argv[2]}')

@@ -19,21 +19,27 @@ class GPTConfig:
     """The sizes of a GPT; ValueError where no GPT can have them."""
 
     block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which matrix products like
+    vocab_size: int = (
+        50304  # GPT-2's 50257 rounded up to a multiple of 64, which matrix products like
+    )
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm, as GPT-2; False is a little better and faster
-    gelu_approximate: str = 'none'  # nn.GELU's: nanoGPT trains with the exact GELU, GPT-2 was trained with 'tanh'
+    gelu_approximate: str = (
+        'none'  # nn.GELU's: nanoGPT trains with the exact GELU, GPT-2 was trained with 'tanh'
+    )
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
-                             f'share of the channels; set n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}')
+            raise ValueError(
+                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
+                f'share of the channels; set n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}'
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
         if self.gelu_approximate not in ('none', 'tanh'):
@@ -62,7 +68,9 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias
+        )  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
@@ -71,8 +79,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        q, k, v = (
+            y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+            for y in self.c_attn(x).split(C, dim=2)
+        )
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -112,13 +125,15 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            'wte': nn.Embedding(config.vocab_size, config.n_embd),
-            'wpe': nn.Embedding(config.block_size, config.n_embd),
-            'drop': nn.Dropout(config.dropout),
-            'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            'ln_f': LayerNorm(config.n_embd, config.bias),
-        })
+        self.transformer = nn.ModuleDict(
+            {
+                'wte': nn.Embedding(config.vocab_size, config.n_embd),
+                'wpe': nn.Embedding(config.block_size, config.n_embd),
+                'drop': nn.Dropout(config.dropout),
+                'h': nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                'ln_f': LayerNorm(config.n_embd, config.bias),
+            }
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press & Wolf 2017)
 
@@ -145,7 +160,9 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f'a sequence of {T} tokens is longer than block_size={self.config.block_size}')
+            raise ValueError(
+                f'a sequence of {T} tokens is longer than block_size={self.config.block_size}'
+            )
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block in self.transformer.h:
@@ -178,8 +195,10 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shorten the longest sequence, e.g. to fine-tune GPT-2 (1024) on less memory. ValueError where it grows."""
         if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} is more than the {self.config.block_size} the model has; '
-                             f'it can only be cropped')
+            raise ValueError(
+                f'block_size={block_size} is more than the {self.config.block_size} the model has; '
+                f'it can only be cropped'
+            )
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
@@ -200,7 +219,7 @@ class GPT(nn.Module):
         if idx.shape[1] == 0:
             raise ValueError('there is nothing to continue: idx must hold at least one token')
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size:])
+            logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1].float()  # (B, V)
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)
@@ -228,21 +247,30 @@ class GPT(nn.Module):
         """
         override_args = override_args or {}
         if override_args.keys() - {'dropout'}:
-            raise ValueError(f'only dropout can be overridden in a pretrained model, not {", ".join(override_args)}')
+            raise ValueError(
+                f'only dropout can be overridden in a pretrained model, not {", ".join(override_args)}'
+            )
         config = _config_of(_load(_find(name_or_folder, 'config.json')), name_or_folder)
         model = cls(replace(config, **override_args))
 
-        weights = {name.removeprefix('transformer.'): w for name, w in _read_weights(name_or_folder).items()}
+        weights = {
+            name.removeprefix('transformer.'): w
+            for name, w in _read_weights(name_or_folder).items()
+        }
         own = model.state_dict()
         state = {}
         for name in own:
             theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
             if theirs not in weights:
-                raise ValueError(f'{name_or_folder} is not a complete GPT-2: it lacks the weights {theirs}')
+                raise ValueError(
+                    f'{name_or_folder} is not a complete GPT-2: it lacks the weights {theirs}'
+                )
             state[name] = weights[theirs].t() if is_conv1d(theirs) else weights[theirs]
             if state[name].shape != own[name].shape:
-                raise ValueError(f'{name_or_folder} contradicts its config.json: {theirs} is of shape '
-                                 f'{tuple(weights[theirs].shape)}')
+                raise ValueError(
+                    f'{name_or_folder} contradicts its config.json: {theirs} is of shape '
+                    f'{tuple(weights[theirs].shape)}'
+                )
         model.load_state_dict(state)
         return model
 
@@ -259,7 +287,9 @@ def is_conv1d(name):
 def _config_of(hf, name):
     """GPTConfig for `hf`, the dict of a config.json. ValueError where it asks for what GPT above does not compute."""
     if hf.get('model_type') != 'gpt2':
-        raise ValueError(f'{name} is no GPT-2: its config.json says model_type={hf.get("model_type")!r}')
+        raise ValueError(
+            f'{name} is no GPT-2: its config.json says model_type={hf.get("model_type")!r}'
+        )
     n_embd = hf.get('n_embd', 768)
     computed = {  # transformers' default first
         'activation_function': tuple(GELU_APPROXIMATE),
@@ -272,8 +302,10 @@ def _config_of(hf, name):
     }
     for key, values in computed.items():
         if hf.get(key, values[0]) not in values:
-            raise ValueError(f'{name} is a GPT-2 that cannot be loaded: its config.json says {key}={hf[key]!r}, '
-                             f'and only {" or ".join(map(repr, values))} is possible here')
+            raise ValueError(
+                f'{name} is a GPT-2 that cannot be loaded: its config.json says {key}={hf[key]!r}, '
+                f'and only {" or ".join(map(repr, values))} is possible here'
+            )
     return GPTConfig(
         block_size=hf.get('n_positions', 1024),
         vocab_size=hf.get('vocab_size', 50257),
@@ -300,7 +332,9 @@ def _find(name, *files):
 
     ValueError where it has none of them, or the hub does not give it.
     """
-    nothing = f'{name} is not a whole model in the format of transformers: it has no {" or ".join(files)}'
+    nothing = (
+        f'{name} is not a whole model in the format of transformers: it has no {" or ".join(files)}'
+    )
     if os.path.isdir(name):
         for file in files:
             if os.path.isfile(os.path.join(name, file)):
@@ -309,17 +343,24 @@ def _find(name, *files):
 
     from huggingface_hub import hf_hub_download  # here, since only this one way to a model needs it
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     for file in files:
         try:
             return hf_hub_download(name, file)
-        except LocalEntryNotFoundError:  # not in the cache, and the hub was not asked: the next file may be there
-            nothing = (f'{name} is neither a local folder nor in the cache of the hub, and the hub cannot be reached; '
-                       f'give a local folder with the model, or set HF_HOME to a cache that has it')
+        except (
+            LocalEntryNotFoundError
+        ):  # not in the cache, and the hub was not asked: the next file may be there
+            nothing = (
+                f'{name} is neither a local folder nor in the cache of the hub, and the hub cannot be reached; '
+                f'give a local folder with the model, or set HF_HOME to a cache that has it'
+            )
         except EntryNotFoundError:
             pass
         except Exception as e:  # an unknown or private model, a name that cannot be one, a proxy: the client has many
-            raise ValueError(f'{name} is neither a local folder nor a model that the hub gives '
-                             f'({type(e).__name__}); check the name') from e
+            raise ValueError(
+                f'{name} is neither a local folder nor a model that the hub gives '
+                f'({type(e).__name__}); check the name'
+            ) from e
     raise ValueError(nothing)
 
 
@@ -331,7 +372,10 @@ def _load(path):
                 return json.load(f)
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file
+
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # each of the three readers has its own errors
-        raise ValueError(f'{path} cannot be read, it may be cut off ({type(e).__name__}); get it anew') from e
+        raise ValueError(
+            f'{path} cannot be read, it may be cut off ({type(e).__name__}); get it anew'
+        ) from e

@@ -37,7 +37,9 @@ class Ranks:
         shard_size: fsdp's processes that share one copy of the parameters; 0: all do.
         """
         if rt.dtype == 'float16' and self.engine in ('zero', 'fsdp'):
-            fail(f"dtype='float16' needs every rank to see all gradients: with parallel='{self.engine}' take bfloat16")
+            fail(
+                f"dtype='float16' needs every rank to see all gradients: with parallel='{self.engine}' take bfloat16"
+            )
         self._net = model
         if self.engine == 'fsdp':
             self._spread(model, rt, compile, shard_size)
@@ -45,21 +47,31 @@ class Ranks:
         model.to(rt.device)
         if self.engine:
             self._net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        return torch.compile(self._net) if compile else self._net  # with DDP inside, its communication overlaps
+        return (
+            torch.compile(self._net) if compile else self._net
+        )  # with DDP inside, its communication overlaps
 
     def _spread(self, model, rt, compile, shard_size):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         if shard_size and self.world_size % shard_size:
-            fail(f'fsdp_shard_size={shard_size} does not divide the {self.world_size} processes; choose one that does')
+            fail(
+                f'fsdp_shard_size={shard_size} does not divide the {self.world_size} processes; choose one that does'
+            )
         sizes = (self.world_size,)
-        if 0 < shard_size < self.world_size:  # each of replicate * shard processes; a node's are next to each other
+        if (
+            0 < shard_size < self.world_size
+        ):  # each of replicate * shard processes; a node's are next to each other
             sizes = (self.world_size // shard_size, shard_size)
-        mesh = init_device_mesh(rt.device_type, sizes, mesh_dim_names=('replicate', 'shard')[-len(sizes):])
+        mesh = init_device_mesh(
+            rt.device_type, sizes, mesh_dim_names=('replicate', 'shard')[-len(sizes) :]
+        )
         precision = MixedPrecisionPolicy()
         if rt.dtype != 'float32':
-            precision = MixedPrecisionPolicy(param_dtype=DTYPES[rt.dtype], reduce_dtype=torch.float32)
+            precision = MixedPrecisionPolicy(
+                param_dtype=DTYPES[rt.dtype], reduce_dtype=torch.float32
+            )
         for block in model.transformer.h:
             if compile:
                 block.compile()
@@ -88,8 +100,12 @@ class Ranks:
 
         groups = [part for group in opt.param_groups for part in _uniform(group)]
         if sum(len(group['params']) for group in groups) < self.world_size:
-            fail(f"parallel='zero' has fewer tensors than the {self.world_size} processes; use 'ddp'")
-        return ZeroRedundancyOptimizer(groups, functools.partial(make, process_group=dist.group.WORLD))
+            fail(
+                f"parallel='zero' has fewer tensors than the {self.world_size} processes; use 'ddp'"
+            )
+        return ZeroRedundancyOptimizer(
+            groups, functools.partial(make, process_group=dist.group.WORLD)
+        )
 
     def optimizer_state(self, opt):
         """opt.state_dict() of all parameters, as it is in one process; of zero on rank 0 alone, of fsdp in parts."""
@@ -101,8 +117,10 @@ class Ranks:
         params = [p for group in opt.param_groups for p in group['params']]
         of = {id(params[i]): state for i, state in opt.state_dict()['state'].items()}
         order = [p for group in self._opt.param_groups for p in group['params']]
-        return {'state': {i: of[id(p)] for i, p in enumerate(order) if id(p) in of},
-                'param_groups': self.param_groups()}
+        return {
+            'state': {i: of[id(p)] for i, p in enumerate(order) if id(p) in of},
+            'param_groups': self.param_groups(),
+        }
 
     def param_groups(self):
         """The 'param_groups' of optimizer_state."""
@@ -114,8 +132,12 @@ class Ranks:
         place = {id(p): i for i, p in enumerate(order)}
         own = self.local(opt)
         places = [place[id(p)] for group in own.param_groups for p in group['params']]
-        own.load_state_dict({'state': {k: state[i] for k, i in enumerate(places) if i in state},
-                             'param_groups': own.state_dict()['param_groups']})  # fmt: skip
+        own.load_state_dict(
+            {
+                'state': {k: state[i] for k, i in enumerate(places) if i in state},
+                'param_groups': own.state_dict()['param_groups'],
+            }
+        )
 
     def local(self, opt):
         """The optimizer of this process's parameters: opt itself, or what zero's has inside."""
@@ -137,15 +159,24 @@ class Ranks:
         params = dict(model.named_parameters())
         own = {id(p) for group in self.local(opt).param_groups for p in group['params']}
         states = folders.read(folder, params, {name for name, p in params.items() if id(p) in own})
-        return {i: states[name] for i, name in enumerate(folders.optimizer_names(model)) if name in states}
+        return {
+            i: states[name]
+            for i, name in enumerate(folders.optimizer_names(model))
+            if name in states
+        }
 
     def scalars(self, opt, params, names):
         """For each of params a dict of those states among the 0-d `names` that some rank has of it, as numbers."""
         states = [self.local(opt).state.get(p, {}) for p in params]
-        table = torch.tensor([[[float(k in s), s[k].item() if k in s else 0.0] for k in names] for s in states])
+        table = torch.tensor(
+            [[[float(k in s), s[k].item() if k in s else 0.0] for k in names] for s in states]
+        )
         if self.engine == 'zero':  # each has its own
             table = self.sum(table)
-        return [{k: value for k, (there, value) in zip(names, row, strict=True) if there} for row in table.tolist()]
+        return [
+            {k: value for k, (there, value) in zip(names, row, strict=True) if there}
+            for row in table.tolist()
+        ]
 
     def gather(self, value):
         """`value`, which may be a dict of dicts of tensors, in host memory, the tensors whole: on rank 0, else None.
@@ -170,8 +201,10 @@ class Ranks:
     def share(self, total, name):
         """This process's part of `total`. Fails where the processes cannot have equal parts."""
         if total % self.world_size:
-            fail(f'{name}={total} cannot be divided between {self.world_size} processes: it is the number of all; '
-                 f'choose a multiple of {self.world_size}')
+            fail(
+                f'{name}={total} cannot be divided between {self.world_size} processes: it is the number of all; '
+                f'choose a multiple of {self.world_size}'
+            )
         return total // self.world_size
 
     def sum(self, x):
@@ -210,12 +243,16 @@ def device_of_rank(device):
     if device == 'cuda' and torch.cuda.is_available():
         local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
         if local_rank >= gpus:
-            fail(f'this machine has {gpus} GPUs for more processes than that; start torchrun with '
-                 f'--nproc_per_node={gpus}, or train with --device=cpu')
+            fail(
+                f'this machine has {gpus} GPUs for more processes than that; start torchrun with '
+                f'--nproc_per_node={gpus}, or train with --device=cpu'
+            )
         torch.cuda.set_device(local_rank)
         return f'cuda:{local_rank}'
     if device not in ('cuda', 'cpu'):
-        fail(f"device='{device}' is no choice for several processes; take 'cuda', one GPU each, or 'cpu'")
+        fail(
+            f"device='{device}' is no choice for several processes; take 'cuda', one GPU each, or 'cpu'"
+        )
     return device
 
 
@@ -230,11 +267,15 @@ def start(engine, device_type):
     store = None
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         # torchrun's store outlives the processes, which after a restart must not take their predecessors' addresses
-        store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+        store = dist.TCPStore(
+            os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False
+        )
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     # numbers that the hosts agree on go by gloo: asking a GPU for them would make it wait
     backend = 'cpu:gloo,cuda:nccl' if device_type == 'cuda' else 'gloo'
-    dist.init_process_group(backend, store=store, **(dict(rank=rank, world_size=world_size) if store else {}))
+    dist.init_process_group(
+        backend, store=store, **(dict(rank=rank, world_size=world_size) if store else {})
+    )
     if rank > 0:
         sys.stdout = open(os.devnull, 'w')
     sys.excepthook = _quiet_about_others(sys.excepthook)
@@ -255,18 +296,25 @@ def _quiet_about_others(excepthook):
 
 def _uniform(group):
     """`group` as several whose options are the same for each of their parameters: no list of one value a parameter."""
-    lists = {k: v for k, v in group.items()
-             if k != 'params' and (isinstance(v, list) or torch.is_tensor(v) and v.dim())}  # fmt: skip
+    lists = {
+        k: v
+        for k, v in group.items()
+        if k != 'params' and (isinstance(v, list) or torch.is_tensor(v) and v.dim())
+    }
     together = {}
     for i, p in enumerate(group['params']):
         values = {k: v[i].item() if torch.is_tensor(v) else v[i] for k, v in lists.items()}
-        together.setdefault(tuple(values.values()), {**group, **values, 'params': []})['params'].append(p)
+        together.setdefault(tuple(values.values()), {**group, **values, 'params': []})[
+            'params'
+        ].append(p)
     return list(together.values())
 
 
 def largest_gradients(model, count=3):
     """The `count` tensors with the largest gradient norms, not-finite ones first, as text: 'NAME 1.2e+03, ...'."""
-    names, grads = zip(*((name, p.grad) for name, p in model.named_parameters() if p.grad is not None), strict=True)
+    names, grads = zip(
+        *((name, p.grad) for name, p in model.named_parameters() if p.grad is not None), strict=True
+    )
     norms = dict(zip(names, shards.regularizer(grads, 'l2').sqrt().tolist(), strict=True))
     largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))[:count]
     return ', '.join(f'{name} {norms[name]:.3g}' for name in largest)

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure  # without pyplot there is no window to open and no display to look for
+from matplotlib.figure import (
+    Figure,
+)  # without pyplot there is no window to open and no display to look for
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -71,7 +73,9 @@ class Run:
     name: str  # how legends call it
     style: dict  # colour and dash of its lines, the same in every picture
     config: dict  # its settings, {} where the log has none
-    entries: dict  # {kind: {iter: entry}}; of an iteration that stands twice in the log, the later line
+    entries: (
+        dict  # {kind: {iter: entry}}; of an iteration that stands twice in the log, the later line
+    )
 
     def series(self, kind, key, tensor=None):
         """(iterations, values) of `key`, two arrays of the same length; nan where the log has null or nothing.
@@ -80,8 +84,13 @@ class Run:
         """
         entries = self.entries.get(kind, {})
         iters = sorted(entries)
-        holders = [entries[i] if tensor is None else entries[i].get('tensors', {}).get(tensor, {}) for i in iters]
-        return np.array(iters, dtype=float), np.array([_number(holder.get(key)) for holder in holders], dtype=float)
+        holders = [
+            entries[i] if tensor is None else entries[i].get('tensors', {}).get(tensor, {})
+            for i in iters
+        ]
+        return np.array(iters, dtype=float), np.array(
+            [_number(holder.get(key)) for holder in holders], dtype=float
+        )
 
     def tensors(self):
         """{name: {norm, ratio, ...}} at the last iteration that has norms, {} where none has."""
@@ -115,13 +124,17 @@ def load_all(out_dirs):
     names = [os.path.basename(os.path.abspath(out_dir)) for out_dir in out_dirs]
     if len(set(names)) < len(names):
         names = [os.path.normpath(out_dir) for out_dir in out_dirs]
-    names = [name if len(name) <= 30 else f'{name[:12]}…{name[-17:]}' for name in names]  # what a legend has room for
+    names = [
+        name if len(name) <= 30 else f'{name[:12]}…{name[-17:]}' for name in names
+    ]  # what a legend has room for
     if len(set(names)) < len(names):
         names = [f'{number}: {name}' for number, name in enumerate(names, 1)]
     runs = []
     for index, (out_dir, name) in enumerate(zip(out_dirs, names, strict=True)):
         dash, colour = divmod(index, len(COLOURS))
-        runs.append(load(out_dir, name, {'color': COLOURS[colour], 'linestyle': DASHES[dash % len(DASHES)]}))
+        runs.append(
+            load(out_dir, name, {'color': COLOURS[colour], 'linestyle': DASHES[dash % len(DASHES)]})
+        )
     return runs
 
 
@@ -159,7 +172,9 @@ def choose_tensor(runs, wanted=None):
             fail(f"no tensor is called '{wanted}'; the nearest are {', '.join(near)}")
         if len(matches) > 1:
             more = f' and {len(matches) - 4} more' if len(matches) > 4 else ''
-            fail(f"--tensor={wanted} is part of {', '.join(matches[:4])}{more}; write more of the name")
+            fail(
+                f'--tensor={wanted} is part of {", ".join(matches[:4])}{more}; write more of the name'
+            )
         return matches[0]
     bounded = [(name, values) for name, values in tensors if 'lagmul' in values]
     matrices = [(name, values) for name, values in tensors if kind_of(name) not in ('wte', 'wpe')]
@@ -183,7 +198,9 @@ def draw(ax, iters, values, **style):
 
 
 def iteration_axis(ax, label=True, nbins=8):
-    ax.xaxis.set_major_locator(MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    ax.xaxis.set_major_locator(
+        MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
+    )
     ax.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     if label:
         ax.set_xlabel('iteration')
@@ -195,7 +212,9 @@ def frame_losses(ax, curves):
     The fall from the start comes in at the top, unless there are too few points to spare one. A loss over 12 has blown
     up (guessing costs ln(65536) = 11.1 with the largest vocabulary) and may leave at the top.
     """
-    late = [losses[iters >= iters.max() / 10] if len(iters) > 4 else losses for iters, losses in curves]
+    late = [
+        losses[iters >= iters.max() / 10] if len(iters) > 4 else losses for iters, losses in curves
+    ]
     shown = np.concatenate([losses[losses <= 12] for losses in late])
     if len(shown) and shown.min() < shown.max():
         margin = 0.05 * (shown.max() - shown.min())
@@ -236,12 +255,20 @@ def ratio_figure(runs):
         (run,) = runs
         ax.set_title(run.name)
         for tensor in run.tensors():
-            draw(ax, *run.series('norms', 'ratio', tensor), color=KINDS[kind_of(tensor)], linewidth=0.9, alpha=0.8)
+            draw(
+                ax,
+                *run.series('norms', 'ratio', tensor),
+                color=KINDS[kind_of(tensor)],
+                linewidth=0.9,
+                alpha=0.8,
+            )
         iters, ratios = run.series('norms', 'ratio')
         draw(ax, iters, ratios, color=BLACK, linewidth=2.4, label=f'all tensors: {ratios[-1]:.3f}')
         handles, _ = ax.get_legend_handles_labels()
         kinds = {kind_of(tensor) for tensor in run.tensors()}
-        handles += [Line2D([], [], color=KINDS[kind], label=kind) for kind in KINDS if kind in kinds]
+        handles += [
+            Line2D([], [], color=KINDS[kind], label=kind) for kind in KINDS if kind in kinds
+        ]
         figure.legend(handles=handles, loc='outside right upper', alignment='left')
     else:
         for run in runs:
@@ -281,8 +308,12 @@ def tensor_figure(runs, tensor):
     figure.align_ylabels()
     handles, _ = norm_ax.get_legend_handles_labels()
     if bounded:
-        handles.append(Line2D([], [], color=GREY, linestyle='--', linewidth=1.2, label='κ, its bound'))
-    columns = min(4, 110 // (max(len(run.name) for run in runs) + 9))  # 110 letters a row, 9 for a sample of the line
+        handles.append(
+            Line2D([], [], color=GREY, linestyle='--', linewidth=1.2, label='κ, its bound')
+        )
+    columns = min(
+        4, 110 // (max(len(run.name) for run in runs) + 9)
+    )  # 110 letters a row, 9 for a sample of the line
     figure.legend(handles=handles, loc='outside upper center', ncols=columns, title=tensor)
     return figure
 
@@ -311,7 +342,9 @@ def draw_all(args):
     runs = load_all(args.out_dirs)
     for out_dir, run in zip(args.out_dirs, runs, strict=True):
         if not has_loss(run):
-            fail(f'{os.path.join(out_dir, runlog.NAME)} has no loss yet; let the run reach its first evaluation')
+            fail(
+                f'{os.path.join(out_dir, runlog.NAME)} has no loss yet; let the run reach its first evaluation'
+            )
     with_norms = [run for run in runs if run.tensors()]
     tensor = choose_tensor(with_norms, args.tensor)
     figures = {'loss.png': loss_figure(runs)}
@@ -328,7 +361,9 @@ def draw_all(args):
         save(figure, os.path.join(out, name))
     for run in runs:
         if not run.tensors():
-            print(f'note: {run.name} has no norms in its log yet and is left out of ratio.png and tensor.png')
+            print(
+                f'note: {run.name} has no norms in its log yet and is left out of ratio.png and tensor.png'
+            )
 
 
 def has_loss(run):
@@ -340,7 +375,10 @@ def watch(args, seconds=2.0):
     drawn = None
     while True:
         logs = [os.path.join(out_dir, runlog.NAME) for out_dir in args.out_dirs]
-        state = [(os.path.getmtime(log), os.path.getsize(log)) if os.path.isfile(log) else None for log in logs]
+        state = [
+            (os.path.getmtime(log), os.path.getsize(log)) if os.path.isfile(log) else None
+            for log in logs
+        ]
         if state != drawn and None not in state and all(map(has_loss, load_all(args.out_dirs))):
             draw_all(args)
             sys.stdout.flush()
@@ -355,10 +393,20 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument('out_dirs', nargs='+', metavar='OUT_DIR', help='out_dir of a run, where its log.jsonl is')
-    parser.add_argument('--out', metavar='FOLDER', help="where to write; default: one run's OUT_DIR, plots for several")
-    parser.add_argument('--tensor', metavar='NAME', help='tensor.png shows this one; a part of its name will do')
-    parser.add_argument('--watch', action='store_true', help='draw again whenever a log has grown, until Ctrl-C')
+    parser.add_argument(
+        'out_dirs', nargs='+', metavar='OUT_DIR', help='out_dir of a run, where its log.jsonl is'
+    )
+    parser.add_argument(
+        '--out',
+        metavar='FOLDER',
+        help="where to write; default: one run's OUT_DIR, plots for several",
+    )
+    parser.add_argument(
+        '--tensor', metavar='NAME', help='tensor.png shows this one; a part of its name will do'
+    )
+    parser.add_argument(
+        '--watch', action='store_true', help='draw again whenever a log has grown, until Ctrl-C'
+    )
     args = parser.parse_args(argv)
     if not args.watch:
         draw_all(args)

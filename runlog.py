@@ -38,7 +38,9 @@ def read(out_dir):
                 raise ValueError('not an object')
             entries.append(entry)
         except ValueError:
-            if number == len(lines):  # a process killed while it wrote leaves half a line without its newline
+            if number == len(
+                lines
+            ):  # a process killed while it wrote leaves half a line without its newline
                 break
             fail(f'{path} is damaged at line {number}; delete that line')
     return entries
@@ -53,7 +55,9 @@ class WandB:
 
             self.run = wandb.init(project=project, name=name, config=config)
         except Exception as e:  # not installed, not logged in, no network
-            fail(f'wandb does not start ({e}); pip install wandb and run wandb login, or set WANDB_MODE=offline')
+            fail(
+                f'wandb does not start ({e}); pip install wandb and run wandb login, or set WANDB_MODE=offline'
+            )
 
     def draw(self, iter_num, values):
         self.run.log({'iter': iter_num, **values}, step=iter_num)
@@ -71,7 +75,10 @@ class TensorBoard:
         except ImportError:
             fail('tensorboard is not installed; run: pip install tensorboard')
         # its files are made when there is something to draw: until RunLog has the lock, out_dir may be another run's
-        self.make, self.writer = partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num), None
+        self.make, self.writer = (
+            partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num),
+            None,
+        )
 
     def draw(self, iter_num, values):
         if self.writer is None:
@@ -97,11 +104,15 @@ class RunLog:
             return
         os.makedirs(out_dir, exist_ok=True)
         self.path = os.path.join(out_dir, NAME)
-        self.lock = open(os.path.join(out_dir, '.lock'), 'w')  # held until this process ends, however it does
+        self.lock = open(
+            os.path.join(out_dir, '.lock'), 'w'
+        )  # held until this process ends, however it does
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(f'another run is writing to {out_dir}; wait until it is done, or choose another --out_dir')
+            fail(
+                f'another run is writing to {out_dir}; wait until it is done, or choose another --out_dir'
+            )
         kept = []
         if iter_num > 0 and os.path.exists(self.path):
             kept = [e for e in read(out_dir) if e.get('iter', -1) < iter_num]
@@ -114,7 +125,9 @@ class RunLog:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        self.file = open(self.path, 'ab', buffering=0)  # what is written is in the file, whatever comes next
+        self.file = open(
+            self.path, 'ab', buffering=0
+        )  # what is written is in the file, whatever comes next
 
     def write(self, kind, **entry):
         if self.file is None:
@@ -124,7 +137,9 @@ class RunLog:
             if self.file.write(written) < len(written):  # the last of the room on the disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            fail(f'could not write {self.path} ({e.strerror}); make room, then go on with --init_from=auto')
+            fail(
+                f'could not write {self.path} ({e.strerror}); make room, then go on with --init_from=auto'
+            )
         values = _charted(kind, entry)
         for chart in self.charts if values else ():
             chart.draw(entry['iter'], values)
@@ -154,9 +169,14 @@ class Watch:
     def is_spike(self, loss):
         """Whether `loss` is one, a loss that is not finite included. The next is compared with this one, too."""
         total, weight = self.average
-        spike = self.factor > 0 and not loss <= self.factor * (total / weight if weight else math.inf)
+        spike = self.factor > 0 and not loss <= self.factor * (
+            total / weight if weight else math.inf
+        )
         if math.isfinite(loss):
-            self.average = self.DECAY * total + (1 - self.DECAY) * loss, self.DECAY * weight + (1 - self.DECAY)
+            self.average = (
+                self.DECAY * total + (1 - self.DECAY) * loss,
+                self.DECAY * weight + (1 - self.DECAY),
+            )
         return spike
 
     def skipped_in_a_row(self, iter_num, skipped):
@@ -183,7 +203,9 @@ def _charted(kind, entry):
             values |= {f'{key}/{name}': value for key, value in of_tensor.items()}
     else:
         values = {}
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    return {
+        name: value for name, value in values.items() if value is not None and math.isfinite(value)
+    }
 
 
 def line(entry):

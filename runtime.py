@@ -44,7 +44,9 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 def fail(message):
     """Say on one line of standard error what the user got wrong and what to do, and leave with status 2."""
     if os.environ.get('RANK', '0') != '0':
-        time.sleep(2)  # where the first process finds the same, torchrun ends this one before it repeats it
+        time.sleep(
+            2
+        )  # where the first process finds the same, torchrun ends this one before it repeats it
     print('error: ' + shorten(str(message), 600), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -73,11 +75,23 @@ def setup(device='auto', dtype='auto', seed=1337):
     elsewhere. Fails where the device is not there or the dtype is none of float32, bfloat16, float16.
     """
     if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        device = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
     try:
         torch.empty(0, device=device)  # the question itself: can a tensor live there?
     except Exception as e:  # of a kind of device whose module is not installed, too
-        here = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        here = (
+            'cuda'
+            if torch.cuda.is_available()
+            else 'mps'
+            if torch.backends.mps.is_available()
+            else 'cpu'
+        )
         reason = str(e).strip().splitlines()[0]
         fail(f"device='{device}' cannot be used here ({reason}); this machine has --device={here}")
     device_type = torch.device(device).type

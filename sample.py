@@ -1,7 +1,7 @@
 """Text from a trained model, written to standard output as it is made.
 
-    python sample.py --out_dir=out-char --start='def ' --num_samples=3
-    python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
+python sample.py --out_dir=out-char --start='def ' --num_samples=3
+python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
 """
 
 import os
@@ -36,7 +36,10 @@ def whole_characters(ids, decode):
     A token may end within a character's UTF-8 bytes, which decode() shows as a last U+FFFD: that one is held back
     until the tokens after it tell whether it is the start of a character.
     """
-    pending, shown = [], 0  # the ids since a character last ended with its token, and how much of their text is out
+    pending, shown = (
+        [],
+        0,
+    )  # the ids since a character last ended with its token, and how much of their text is out
     for i in ids:
         pending.append(i)
         text = decode(pending)
@@ -53,7 +56,9 @@ for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'to
         fail(f'{name}={globals()[name]} must be at least {least}')
 prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
 if not prompt:
-    fail('start is empty: there is nothing to continue; give it some text, or leave it out for a newline')
+    fail(
+        'start is empty: there is nothing to continue; give it some text, or leave it out for a newline'
+    )
 rt = setup(device, dtype, seed)
 
 if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
@@ -65,8 +70,11 @@ else:
         model = GPT.from_pretrained(init_from)
     except ValueError as e:
         fail(e)
-    check_vocabulary(model.config.vocab_size, GPT2Tokenizer.meta,
-                     "of the models on the hub those with GPT-2's tokenizer can be sampled")  # fmt: skip
+    check_vocabulary(
+        model.config.vocab_size,
+        GPT2Tokenizer.meta,
+        "of the models on the hub those with GPT-2's tokenizer can be sampled",
+    )
     tokens = GPT2Tokenizer(bpe_file)
 try:
     ids = tokens.encode(prompt)

@@ -35,15 +35,23 @@ from runtime import fail, setup
 out_dir = 'out'  # where ckpt.pt and log.jsonl go
 eval_interval = 2000  # iterations between evaluations, each followed by a checkpoint
 log_interval = 1  # iterations between two lines of training loss
-eval_iters = 200  # batches an evaluation takes of each split; 0: the whole of val.bin, each token once
+eval_iters = (
+    200  # batches an evaluation takes of each split; 0: the whole of val.bin, each token once
+)
 eval_only = False  # evaluate once and leave, writing nothing
-always_save_checkpoint = True  # False: only after an evaluation that is the best so far, and when stopped
+always_save_checkpoint = (
+    True  # False: only after an evaluation that is the best so far, and when stopped
+)
 checkpoint_interval = 0  # iterations between two checkpoints besides; 0: none but those
-sharded_checkpoint = False  # under torchrun: folders ckpt-ITERATION, each process writing its part, not ckpt.pt
+sharded_checkpoint = (
+    False  # under torchrun: folders ckpt-ITERATION, each process writing its part, not ckpt.pt
+)
 keep_checkpoints = 2  # the newest is ckpt.pt, those before it ckpt.1.pt, ckpt.2.pt: for the case that one is damaged
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', a checkpoint's path
 norm_log_interval = 100  # iterations between two records of every tensor's norm, kappa and lambda
-loss_spike = 2.0  # a loss over this multiple of its running average is marked in the log; 0.0: none is
+loss_spike = (
+    2.0  # a loss over this multiple of its running average is marked in the log; 0.0: none is
+)
 max_skipped_steps = 100  # stop after so many steps in a row without a finite gradient; 0: never
 # charts
 tensorboard_log = False  # also draw the log with TensorBoard: tensorboard --logdir OUT_DIR
@@ -71,10 +79,16 @@ beta2 = 0.95
 grad_clip = 1.0  # clip the gradients to this total norm; 0.0 does not
 order = 'auto'  # norm and correction 'before' or 'after' the Adam update; 'auto': the papers', cpr before, wn after
 impl = 'auto'  # the passes over memory: 'triton', 'torch', or 'auto': 'triton' on a GPU
-switch_optimizer = False  # resume with another optimizer than the checkpoint's: keeps Adam's moments, nothing else
+switch_optimizer = (
+    False  # resume with another optimizer than the checkpoint's: keeps Adam's moments, nothing else
+)
 # AdamCPR, under the names of pytorch_cpr.AdamCPR
-kappa_init_method = 'inflection_point'  # the bound: 'inflection_point', 'warm_start', 'uniform' or 'dependent'
-kappa_init_param = 1000.0  # warm_start: steps; uniform: the bound; dependent: the bound over the start's
+kappa_init_method = (
+    'inflection_point'  # the bound: 'inflection_point', 'warm_start', 'uniform' or 'dependent'
+)
+kappa_init_param = (
+    1000.0  # warm_start: steps; uniform: the bound; dependent: the bound over the start's
+)
 reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
 kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
 reg_step_size = 200  # inflection_point: steps between two looks at the growth
@@ -94,46 +108,67 @@ lr_decay_iters = 600000  # where the cosine ends; as long as max_iters, after Ch
 min_lr = 6e-5  # the lowest; a tenth of learning_rate, after Chinchilla
 # system
 parallel = 'ddp'  # what torchrun's processes have of the run: 'ddp' all, 'zero' a part of Adam's state, 'fsdp' of all
-fsdp_shard_size = 0  # fsdp: processes that share one copy of the parameters, as those of a node may; 0: all
+fsdp_shard_size = (
+    0  # fsdp: processes that share one copy of the parameters, as those of a node may; 0: all
+)
 device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first of them that is there
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 where the GPU has it, float32 on the CPU
 compile = True  # torch.compile the model
 seed = 1337  # of the initial weights and of the batches
 # ----
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save, Ctrl-C just ends it
+signal.signal(
+    signal.SIGINT, signal.SIG_DFL
+)  # until there is something to save, Ctrl-C just ends it
 settings, given = configure(globals())
-check(settings, {
-    '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval gradient_accumulation_steps batch_size '
-            'block_size n_layer n_head n_embd reg_step_size',
-    '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps max_iters learning_rate '
-            'min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio wn_ramp_iters warmup_iters '
-            'lr_decay_iters seed',
-    'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
-    'in [0, 1]': 'wn_rate',
-    'one of adamw adamcpr adamwn': 'optimizer',
-    'one of auto before after': 'order',
-    'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
-    'one of l2 l1 std huber': 'reg_function',
-    'one of tensor global': 'wn_scope',
-    'one of ddp zero fsdp': 'parallel',
-})  # fmt: skip
+check(
+    settings,
+    {
+        '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval gradient_accumulation_steps batch_size '
+        'block_size n_layer n_head n_embd reg_step_size',
+        '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps max_iters learning_rate '
+        'min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio wn_ramp_iters warmup_iters '
+        'lr_decay_iters seed',
+        'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
+        'in [0, 1]': 'wn_rate',
+        'one of adamw adamcpr adamwn': 'optimizer',
+        'one of auto before after': 'order',
+        'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
+        'one of l2 l1 std huber': 'reg_function',
+        'one of tensor global': 'wn_scope',
+        'one of ddp zero fsdp': 'parallel',
+    },
+)
 if decay_lr and lr_decay_iters < warmup_iters:
-    fail(f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False')
+    fail(
+        f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False'
+    )
 
 rt = setup(device_of_rank(device), dtype, seed)
 ranks = start(parallel, rt.device_type)
 if sharded_checkpoint and not ranks.engine:
-    fail('sharded_checkpoint=True needs processes to divide the work between; start train.py with torchrun')
-micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')  # of this process
+    fail(
+        'sharded_checkpoint=True needs processes to divide the work between; start train.py with torchrun'
+    )
+micro_steps = ranks.share(
+    gradient_accumulation_steps, 'gradient_accumulation_steps'
+)  # of this process
 if ranks.rank > 0:
     wandb_log = tensorboard_log = False
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
 if init_from == 'auto':
     init_from = ranks.ask_first(lambda: 'resume' if checkpoint.all_of(ckpt_path) else 'scratch')
-elif os.path.isfile(init_from) and os.path.exists(ckpt_path) and os.path.samefile(init_from, ckpt_path):
+elif (
+    os.path.isfile(init_from)
+    and os.path.exists(ckpt_path)
+    and os.path.samefile(init_from, ckpt_path)
+):
     init_from = 'resume'
-elif checkpoint.is_at(init_from) and os.path.dirname(os.path.realpath(init_from)) == os.path.realpath(out_dir):
-    fail(f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces; give another --out_dir")
+elif checkpoint.is_at(init_from) and os.path.dirname(
+    os.path.realpath(init_from)
+) == os.path.realpath(out_dir):
+    fail(
+        f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces; give another --out_dir"
+    )
 
 
 def take_over(source, theirs, *keys):
@@ -141,7 +176,9 @@ def take_over(source, theirs, *keys):
     for key in keys:
         value = theirs.get(key, settings[key])
         if key in given and settings[key] != value:
-            fail(f'{key}={settings[key]} but {source} has {key}={value}; leave {key} out or start from scratch')
+            fail(
+                f'{key}={settings[key]} but {source} has {key}={value}; leave {key} out or start from scratch'
+            )
         globals()[key] = settings[key] = value
 
 
@@ -151,7 +188,9 @@ if init_from == 'resume' or checkpoint.is_at(init_from):
     if init_from == 'resume':
         whole, damaged = ranks.ask_first(lambda: checkpoint.newest(ckpt_path))
     resumed = checkpoint.load(whole, checked=init_from == 'resume')
-    take_over('the checkpoint', resumed['model_args'], 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size')
+    take_over(
+        'the checkpoint', resumed['model_args'], 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'
+    )
     before = {'optimizer': 'adamw', **resumed['config']}  # nanoGPT knows no other
     of_state = ['optimizer']  # what the optimizer's state in the checkpoint depends on
     if optimizer == 'adamcpr':
@@ -159,14 +198,24 @@ if init_from == 'resume' or checkpoint.is_at(init_from):
         of_state += ['kappa_init_param'] * (kappa_init_method in ('uniform', 'dependent'))
     switched = [key for key in of_state if before.get(key, settings[key]) != settings[key]]
     if switched and not switch_optimizer and not eval_only:
-        was, now = (', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings))
-        fail(f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the weights, '
-             f"Adam's moments and the iteration and sets up anew what {optimizer} adds")
-elif not (init_from in ('scratch', 'resume') or init_from.startswith('gpt2')
-          or '/' in init_from and not init_from.endswith('.pt')  # a name on the hub
-          or os.path.isdir(init_from)):  # fmt: skip
-    fail(f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path of a checkpoint or of a "
-         'folder with a GPT-2, or its name on the hub, OWNER/NAME')
+        was, now = (
+            ', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings)
+        )
+        fail(
+            f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the weights, '
+            f"Adam's moments and the iteration and sets up anew what {optimizer} adds"
+        )
+elif not (
+    init_from in ('scratch', 'resume')
+    or init_from.startswith('gpt2')
+    or '/' in init_from
+    and not init_from.endswith('.pt')  # a name on the hub
+    or os.path.isdir(init_from)
+):
+    fail(
+        f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path of a checkpoint or of a "
+        'folder with a GPT-2, or its name on the hub, OWNER/NAME'
+    )
 
 # ---- model and data
 try:
@@ -182,29 +231,54 @@ try:
             model.crop_block_size(block_size)
         block_size = settings['block_size'] = model.config.block_size
         take_over(init_from, model.config.model_args(), 'n_layer', 'n_head', 'n_embd', 'bias')
-    data = TokenData(os.path.join('data', dataset), block_size, model.config.vocab_size if model else None)
+    data = TokenData(
+        os.path.join('data', dataset), block_size, model.config.vocab_size if model else None
+    )
     if model is None:
-        vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257 rounded up to a multiple of 64
-        model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                              n_embd=n_embd, dropout=dropout, bias=bias))  # fmt: skip
-except (TypeError, ValueError, RuntimeError) as e:  # of model_args and weights that do not fit the model
+        vocab_size = (
+            data.meta['vocab_size'] if data.meta else 50304
+        )  # GPT-2's 50257 rounded up to a multiple of 64
+        model = GPT(
+            GPTConfig(
+                block_size=block_size,
+                vocab_size=vocab_size,
+                n_layer=n_layer,
+                n_head=n_head,
+                n_embd=n_embd,
+                dropout=dropout,
+                bias=bias,
+            )
+        )
+except (
+    TypeError,
+    ValueError,
+    RuntimeError,
+) as e:  # of model_args and weights that do not fit the model
     fail(e)
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)
 init_norms = weight_norms(model)
-init_norms.update({k: v for k, v in (resumed or {}).get('init_norms', {}).items() if k in init_norms})
+init_norms.update(
+    {k: v for k, v in (resumed or {}).get('init_norms', {}).items() if k in init_norms}
+)
 init_norm = math.hypot(*init_norms.values())
 
 # ---- optimizer
-final_ratio = wn_ratio  # of AdamWN's targets: one number, or one for each tensor of the first parameter group
+final_ratio = (
+    wn_ratio  # of AdamWN's targets: one number, or one for each tensor of the first parameter group
+)
 if wn_from:
     last = next((e for e in reversed(runlog.read(wn_from)) if e.get('kind') == 'norms'), None)
     if last is None:
         fail(f'the run in {wn_from} recorded no norms; train it again with --norm_log_interval=100')
     if last['tensors'].keys() != init_norms.keys():
-        fail(f'the model of the run in {wn_from} has other tensors than this one; train both with the same n_layer')
+        fail(
+            f'the model of the run in {wn_from} has other tensors than this one; train both with the same n_layer'
+        )
     ratios = [last['tensors'][name]['ratio'] for name in init_norms]
     if None in (last['ratio'], *ratios):
-        fail(f'the norms that the run in {wn_from} ended with are not all finite numbers; take another run')
+        fail(
+            f'the norms that the run in {wn_from} ended with are not all finite numbers; take another run'
+        )
     final_ratio = last['ratio'] if wn_scope == 'global' else torch.tensor(ratios, device=rt.device)
 try:
     common = dict(lr=learning_rate, betas=(beta1, beta2), max_grad_norm=grad_clip, impl=impl)
@@ -213,10 +287,18 @@ try:
     if optimizer == 'adamw':
         make = partial(AdamW, weight_decay=weight_decay, **common)
     elif optimizer == 'adamcpr':
-        make = partial(AdamCPR, kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param,
-                       reg_function=reg_function, kappa_update=kappa_update, reg_step_size=reg_step_size,
-                       reg_ema_decay=reg_ema_decay, reg_embedding=reg_embedding, reg_by_lr=reg_by_lr,
-                       **common)  # fmt: skip
+        make = partial(
+            AdamCPR,
+            kappa_init_method=kappa_init_method,
+            kappa_init_param=kappa_init_param,
+            reg_function=reg_function,
+            kappa_update=kappa_update,
+            reg_step_size=reg_step_size,
+            reg_ema_decay=reg_ema_decay,
+            reg_embedding=reg_embedding,
+            reg_by_lr=reg_by_lr,
+            **common,
+        )
     else:
         make = partial(AdamWN, rate=wn_rate, scope=wn_scope, **common)
     opt = make(model)
@@ -236,11 +318,15 @@ if resumed and not eval_only:
     try:
         state = resumed['optimizer']['state']
         if switched:
-            state = {i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()}
+            state = {
+                i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()
+            }
         # the tensors' state is the checkpoint's, the options are this run's
         ranks.load_optimizer(opt, state)
     except (KeyError, TypeError, ValueError) as e:
-        fail(f'the checkpoint has no optimizer state of this model ({e}); start from scratch, or only sample from it')
+        fail(
+            f'the checkpoint has no optimizer state of this model ({e}); start from scratch, or only sample from it'
+        )
     own.skipped_steps.fill_(resumed.get('skipped_steps', 0))
     if scaler.is_enabled() and resumed.get('scaler'):  # a run in another dtype has none
         scaler.load_state_dict(resumed['scaler'])
@@ -279,14 +365,18 @@ def estimate_loss():
         if split == 'val' and eval_iters == 0:
             pairs = data.sequential('val', batch_size)
         nats, tokens = [], []  # of every batch; 0 nats where another process has it
-        for each in zip_longest(*[pairs] * ranks.world_size):  # a batch for each rank, None for some in the last round
+        for each in zip_longest(
+            *[pairs] * ranks.world_size
+        ):  # a batch for each rank, None for some in the last round
             x, y = to_device(each[ranks.rank] or each[0], rt.device)
             with rt.autocast():
                 _, loss = compiled(x, y)
             sizes = [y.numel() for _, y in filter(None, each)]
             nats += [loss.item() * size if i == ranks.rank else 0.0 for i, size in enumerate(sizes)]
             tokens += sizes
-        losses[split] = ranks.sum(torch.tensor(nats, dtype=torch.float64)).sum().item() / sum(tokens)
+        losses[split] = ranks.sum(torch.tensor(nats, dtype=torch.float64)).sum().item() / sum(
+            tokens
+        )
     model.train()
     return losses
 
@@ -296,17 +386,26 @@ def norms():
     params, tensors, now = dict(model.named_parameters()), {}, weight_norms(model)
     bounds = ranks.scalars(opt, [params[name] for name in now], ('kappa', 'lagmul'))
     for (name, norm), bound in zip(now.items(), bounds, strict=True):
-        tensors[name] = dict(norm=norm, ratio=norm / init_norms[name] if init_norms[name] else math.nan, **bound)
-    return dict(ratio=math.hypot(*(t['norm'] for t in tensors.values())) / init_norm, tensors=tensors)
+        tensors[name] = dict(
+            norm=norm, ratio=norm / init_norms[name] if init_norms[name] else math.nan, **bound
+        )
+    return dict(
+        ratio=math.hypot(*(t['norm'] for t in tensors.values())) / init_norm, tensors=tensors
+    )
 
 
 def save():
     """Write the checkpoint of iteration iter_num while training goes on, or say that the one before could not be."""
     run = {
-        'scaler': scaler.state_dict(), 'model_args': model.config.model_args(), 'iter_num': iter_num,
-        'best_val_loss': best_val_loss, 'config': settings, 'init_norms': init_norms,
-        'skipped_steps': own.skipped_steps.item(), 'loss_average': watch.average,
-    }  # fmt: skip
+        'scaler': scaler.state_dict(),
+        'model_args': model.config.model_args(),
+        'iter_num': iter_num,
+        'best_val_loss': best_val_loss,
+        'config': settings,
+        'init_norms': init_norms,
+        'skipped_steps': own.skipped_steps.item(),
+        'loss_average': watch.average,
+    }
     try:
         if sharded_checkpoint:
             writer.save(ranks.parts(model, opt), {**run, 'param_groups': ranks.param_groups()})
@@ -330,8 +429,10 @@ def written():
 def not_saved(reason):
     if ranks.rank > 0:
         sys.exit(2)  # the first rank says it
-    fail(f'could not write {writer.path} ({reason}); the checkpoint before it, if any, is whole: make room, then go on '
-         'with --init_from=auto')
+    fail(
+        f'could not write {writer.path} ({reason}); the checkpoint before it, if any, is whole: make room, then go on '
+        'with --init_from=auto'
+    )
 
 
 # ---- the loop
@@ -342,7 +443,9 @@ if eval_only:
     sys.exit()
 
 if iter_num >= max_iters > 0:
-    print(f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train')
+    print(
+        f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train'
+    )
     ranks.close()
     sys.exit()
 
@@ -357,17 +460,26 @@ def stop(signum, _):
     """The first signal ends the run after this iteration, with a checkpoint; the second ends it here."""
     global stopped_by
     stopped_by = signum
-    if ranks.world_size == 1:  # torchrun repeats what a terminal or a cluster has sent already, and has its own limit
+    if (
+        ranks.world_size == 1
+    ):  # torchrun repeats what a terminal or a cluster has sent already, and has its own limit
         signal.signal(signum, signal.SIG_DFL)
 
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the last: SLURM's --signal=USR1@180, as many use it
+for number in (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+):  # the last: SLURM's --signal=USR1@180, as many use it
     signal.signal(number, stop)
 try:
     # a checkpoint from elsewhere has its history elsewhere
-    log = runlog.RunLog(out_dir if ranks.rank == 0 else None, iter_num if init_from == 'resume' else 0, charts)
+    log = runlog.RunLog(
+        out_dir if ranks.rank == 0 else None, iter_num if init_from == 'resume' else 0, charts
+    )
     if sharded_checkpoint:
         import folders  # here, because one process need not wait until it is imported
+
         writer = folders.Writer(out_dir, keep_checkpoints, ranks.rank)
     else:
         writer = checkpoint.Writer(ckpt_path, keep_checkpoints)
@@ -376,16 +488,29 @@ try:
     elif ranks.rank == 0 and damaged:
         checkpoint.put_in_place(ckpt_path, whole, damaged)
         for path, reason in damaged.items():
-            print(f'{path} is damaged ({reason}): goes on from {whole}, which was written before it')
+            print(
+                f'{path} is damaged ({reason}): goes on from {whole}, which was written before it'
+            )
             log.write('damaged', iter=iter_num, path=path, reason=reason, used=whole)
 except OSError as e:
-    fail(f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH")
+    fail(
+        f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH"
+    )
 
 sequences = batch_size * gradient_accumulation_steps
 parameters = model.get_num_params()
-log.write('config', config=settings, parameters=parameters, device=rt.device, dtype=rt.dtype, torch=torch.__version__)
-print(f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, {optimizer} on '
-      f'{rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}')  # fmt: skip
+log.write(
+    'config',
+    config=settings,
+    parameters=parameters,
+    device=rt.device,
+    dtype=rt.dtype,
+    torch=torch.__version__,
+)
+print(
+    f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, {optimizer} on '
+    f'{rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}'
+)
 
 
 def micro_batch(i):
@@ -408,7 +533,10 @@ while True:
         log.write('norms', iter=iter_num, **norms())
     if iter_num % eval_interval == 0 or finished:
         losses = estimate_loss()
-        print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
+        print(
+            f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
+            flush=True,
+        )
         log.write('eval', iter=iter_num, train_loss=losses['train'], val_loss=losses['val'])
         best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
@@ -428,7 +556,9 @@ while True:
     loss_sum = 0.0
     for part in range(micro_steps):
         x, y = next(batches)
-        if dropout > 0:  # what is dropped follows from the micro-batch: the same after a resume, and on any rank
+        if (
+            dropout > 0
+        ):  # what is dropped follows from the micro-batch: the same after a resume, and on any rank
             number = iter_num * gradient_accumulation_steps + ranks.rank * micro_steps + part
             torch.manual_seed((seed + number) % (1 << 63))
         with ranks.micro_step(last=part == micro_steps - 1):
@@ -446,23 +576,48 @@ while True:
         tokens_per_s = sequences * block_size / ms * 1e3
         peak = ranks.world_size * (rt.peak_flops or 0)
         mfu = model.estimate_mfu(sequences, ms / 1e3, peak) if peak else None
-        entry = dict(loss=loss, lr=lr, grad_norm=own.grad_norm.item(), ms=ms, tokens_per_s=tokens_per_s, mfu=mfu)
+        entry = dict(
+            loss=loss,
+            lr=lr,
+            grad_norm=own.grad_norm.item(),
+            ms=ms,
+            tokens_per_s=tokens_per_s,
+            mfu=mfu,
+        )
         skipped, spike = own.skipped_steps.item(), watch.is_spike(loss)
-        log.write('train', iter=iter_num, **entry, skipped_steps=skipped, **({'spike': True} if spike else {}))
-        print(f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {entry["grad_norm"]:.2f}, {ms:.1f} ms, '
-              f'{tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else '') + ', SPIKE' * spike, flush=True)
+        log.write(
+            'train',
+            iter=iter_num,
+            **entry,
+            skipped_steps=skipped,
+            **({'spike': True} if spike else {}),
+        )
+        print(
+            f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {entry["grad_norm"]:.2f}, {ms:.1f} ms, '
+            f'{tokens_per_s:,.0f} tokens/s'
+            + (f', mfu {mfu:.1%}' if mfu else '')
+            + ', SPIKE' * spike,
+            flush=True,
+        )
         if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
-            fail(f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}; the largest: '
-                 f'{largest_gradients(model)}. Go on from the last checkpoint with a lower learning_rate')
+            fail(
+                f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}; the largest: '
+                f'{largest_gradients(model)}. Go on from the last checkpoint with a lower learning_rate'
+            )
         timed_from, timed_iter = time.perf_counter(), iter_num + 1
     opt.zero_grad(set_to_none=True)
     iter_num += 1
     stop_now = ranks.max(stopped_by)
-    if stop_now and iter_num < max_iters:  # after the last iteration only the last evaluation is left
+    if (
+        stop_now and iter_num < max_iters
+    ):  # after the last iteration only the last evaluation is left
         save()
         written()
-        print(f'stopped by {signal.Signals(stop_now).name} after iteration {iter_num - 1}: wrote {writer.path}; '
-              'go on with --init_from=auto', flush=True)  # fmt: skip
+        print(
+            f'stopped by {signal.Signals(stop_now).name} after iteration {iter_num - 1}: wrote {writer.path}; '
+            'go on with --init_from=auto',
+            flush=True,
+        )
         break
 
 batches.close()

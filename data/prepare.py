@@ -29,6 +29,7 @@ BPE_FILE = 'gpt2.tiktoken'  # in the folder of a data set: the vocabulary that i
 DOCUMENTS_A_TASK = 64  # a thread is handed so many at a time: some hundredths of a second of work
 PROGRESS_SECONDS = 2.0  # of work that a kill may cost
 
+
 class CharTokenizer:
     """One id a character: its place in `itos`, a list of characters."""
 
@@ -46,7 +47,9 @@ class CharTokenizer:
         ids = self.ids[points]
         if ids.size and ids.min() < 0:
             unknown = chr(points[ids.argmin()])
-            raise ValueError(f'the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary')
+            raise ValueError(
+                f'the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary'
+            )
         return ids
 
     def encode(self, text):
@@ -76,10 +79,17 @@ class GPT2Tokenizer:
 
         self.bpe_file = bpe_file
         try:
-            ranks = load_tiktoken_bpe(str(bpe_file)) if bpe_file else tiktoken.get_encoding('gpt2')._mergeable_ranks
+            ranks = (
+                load_tiktoken_bpe(str(bpe_file))
+                if bpe_file
+                else tiktoken.get_encoding('gpt2')._mergeable_ranks
+            )
             if sorted(ranks.values()) != list(range(self.end)):
                 raise ValueError(f'{len(ranks):,} tokens')
-        except (OSError, ValueError) as e:  # no network (requests' errors are OSErrors), or a damaged file
+        except (
+            OSError,
+            ValueError,
+        ) as e:  # no network (requests' errors are OSErrors), or a damaged file
             if bpe_file:
                 fail(f"{bpe_file} is not GPT-2's vocabulary of 50,256 lines 'base64 rank' ({e})")
             fail(
@@ -88,7 +98,9 @@ class GPT2Tokenizer:
                 'that has it'
             )
         special = {'<|endoftext|>': self.end}
-        self.encoding = tiktoken.Encoding('gpt2', pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding(
+            'gpt2', pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special
+        )
 
     def encode_text(self, text):
         """The ids of `text`, a uint32 array; '<|endoftext|>' in it is text like any other."""
@@ -132,10 +144,15 @@ def tokenizer_of(path, checkpoint, bpe_file=None):
     """
     name = checkpoint['config'].get('dataset', '')
     folders = [Path(__file__).parent / name, Path(path).absolute().parents[1] / 'data' / name]
-    folder = next((f for f in folders if (f / 'meta.json').exists() or (f / 'meta.pkl').exists()), folders[0])
+    folder = next(
+        (f for f in folders if (f / 'meta.json').exists() or (f / 'meta.pkl').exists()), folders[0]
+    )
     meta = read_meta(folder)
-    check_vocabulary(checkpoint['model_args']['vocab_size'], meta or GPT2Tokenizer.meta,
-                     f'prepare {folder} as it was when the model was trained')  # fmt: skip
+    check_vocabulary(
+        checkpoint['model_args']['vocab_size'],
+        meta or GPT2Tokenizer.meta,
+        f'prepare {folder} as it was when the model was trained',
+    )
     if meta is None:
         print(f"note: {folder} has no meta.json, its tokens are taken for GPT-2's", file=sys.stderr)
     return tokenizer(meta, folder, bpe_file)
@@ -159,7 +176,9 @@ def hold(folder):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), os.stat(folder)):  # removed meanwhile, and made by another one
+            if not os.path.samestat(
+                os.fstat(lock), os.stat(folder)
+            ):  # removed meanwhile, and made by another one
                 raise BlockingIOError
         except BlockingIOError:
             made = []  # what is empty now is in use all the same
@@ -190,10 +209,14 @@ def _release(lock, folders):
 
 
 def _fail_to_write(folder, error):
-    fail(f'cannot write the data set to {folder} ({error.strerror or error}); mend that and run this again')
+    fail(
+        f'cannot write the data set to {folder} ({error.strerror or error}); mend that and run this again'
+    )
 
 
-def write_dataset(folder, documents, tokenizer, source, end_of_text=False, fingerprint=None, held=False):
+def write_dataset(
+    folder, documents, tokenizer, source, end_of_text=False, fingerprint=None, held=False
+):
     """Write train.bin, val.bin and meta.json to `folder`, tokenizing with all cores.
 
     documents: {'train': ..., 'val': ...}, each a sequence of texts, or an object with a length whose slices are lists
@@ -218,13 +241,21 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
     identity = json.dumps([fingerprint, counts, tokenizer.meta, end_of_text])
     identity = hashlib.sha256(identity.encode()).hexdigest()
     try:
-        progress = {'identity': identity, 'train': [0, 0], 'val': [0, 0]}  # [documents done, tokens written]
+        progress = {
+            'identity': identity,
+            'train': [0, 0],
+            'val': [0, 0],
+        }  # [documents done, tokens written]
         if fingerprint is not None:
             progress = _read_progress(folder, progress)
         end = tokenizer.end if end_of_text else None
-        with tqdm(total=sum(counts.values()), unit=' documents', disable=None, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=sum(counts.values()), unit=' documents', disable=None, dynamic_ncols=True
+        ) as bar:
             for split, texts in documents.items():
-                _write_split(folder / f'{split}.bin', texts, tokenizer, end, dtype, split, progress, bar)
+                _write_split(
+                    folder / f'{split}.bin', texts, tokenizer, end, dtype, split, progress, bar
+                )
         tokens = {f'{split}_tokens': progress[split][1] for split in documents}
         meta = {**tokenizer.meta, 'source': source, 'dtype': dtype.name, **tokens}
         _commit(folder, meta, getattr(tokenizer, 'bpe_file', None))
@@ -241,8 +272,10 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
         if wrong_text:
             fail(e)
         _fail_to_write(folder, e)
-    print(f'{os.path.relpath(folder)}: vocabulary {meta["vocab_size"]:,}, tokens: '
-          + ', '.join(f'{split} {progress[split][1]:,}' for split in documents))  # fmt: skip
+    print(
+        f'{os.path.relpath(folder)}: vocabulary {meta["vocab_size"]:,}, tokens: '
+        + ', '.join(f'{split} {progress[split][1]:,}' for split in documents)
+    )
 
 
 def _read_progress(folder, start):
@@ -279,7 +312,9 @@ def _write_split(path, texts, tokenizer, end, dtype, split, progress, bar):
             f.write(ids)
             done, tokens = done + count, tokens + len(ids)
             now = time.monotonic()
-            bar.set_postfix_str(f'{(tokens - before) / (now - started):,.0f} tokens/s', refresh=False)
+            bar.set_postfix_str(
+                f'{(tokens - before) / (now - started):,.0f} tokens/s', refresh=False
+            )
             bar.update(count)
             if now - kept > PROGRESS_SECONDS:
                 keep()
@@ -371,7 +406,9 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_bpe_file(self):
-        text = "GPT-2's vocabulary, gpt2.tiktoken, in place of the one that tiktoken has or downloads"
+        text = (
+            "GPT-2's vocabulary, gpt2.tiktoken, in place of the one that tiktoken has or downloads"
+        )
         self.add_argument('--bpe_file', metavar='FILE', help=text)
 
     def error(self, message):

@@ -31,7 +31,9 @@ class TokenData:
         self.folder = Path(folder)
         self.block_size = block_size
         missing = [name for name in ('train.bin', 'val.bin') if not (self.folder / name).is_file()]
-        unfinished = (self.folder / 'meta.json.tmp').exists() and not (self.folder / 'meta.json').exists()
+        unfinished = (self.folder / 'meta.json.tmp').exists() and not (
+            self.folder / 'meta.json'
+        ).exists()
         if missing or unfinished:
             _fail_unprepared(self.folder)
         self.meta = read_meta(self.folder)
@@ -44,15 +46,23 @@ class TokenData:
         length, rest = divmod(path.stat().st_size, self.dtype.itemsize)
         if rest:
             odd = 'an odd number of' if self.dtype.itemsize == 2 else f'{path.stat().st_size}'
-            fail(f'{path} has {odd} bytes and is no list of {self.dtype.name} tokens; {_remedy(self.folder)}')
+            fail(
+                f'{path} has {odd} bytes and is no list of {self.dtype.name} tokens; {_remedy(self.folder)}'
+            )
         needed = (self.block_size or 1) + 1
         if length < needed:
-            fail(f'{path} has {length} tokens, a block of {needed - 1} needs {needed}; lower block_size or add text')
+            fail(
+                f'{path} has {length} tokens, a block of {needed - 1} needs {needed}; lower block_size or add text'
+            )
         expected = (self.meta or {}).get(f'{split}_tokens', length)
         if length != expected:
-            fail(f'{path} has {length} tokens where meta.json says {expected}; {_remedy(self.folder)}')
+            fail(
+                f'{path} has {length} tokens where meta.json says {expected}; {_remedy(self.folder)}'
+            )
         try:
-            tokens = np.memmap(path, dtype=self.dtype, mode='r').view(np.ndarray)  # a plain array is cheaper to slice
+            tokens = np.memmap(path, dtype=self.dtype, mode='r').view(
+                np.ndarray
+            )  # a plain array is cheaper to slice
         except OSError as e:
             fail(f'cannot read {path} ({e.strerror or e})')
         self._check(split, tokens[:CHECKED_AT_OPEN])
@@ -92,7 +102,9 @@ class TokenData:
         shape = (-1, self.block_size)
         for start in range(0, whole, step):
             end = min(start + step, whole)
-            yield self._tensors(split, tokens[start:end].reshape(shape), tokens[start + 1 : end + 1].reshape(shape))
+            yield self._tensors(
+                split, tokens[start:end].reshape(shape), tokens[start + 1 : end + 1].reshape(shape)
+            )
         if whole < len(tokens) - 1:
             yield self._tensors(split, tokens[None, whole:-1], tokens[None, whole + 1 :])
 
@@ -119,7 +131,9 @@ def read_meta(folder):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
-        fail(f'{path} does not describe a data set of 16- or 32-bit tokens; {_remedy(Path(folder))}')
+        fail(
+            f'{path} does not describe a data set of 16- or 32-bit tokens; {_remedy(Path(folder))}'
+        )
     return meta
 
 
@@ -134,7 +148,9 @@ def _meta_of_nanogpt(pickled):
     """meta.json's dict for the meta.pkl of a character-level data set: {'vocab_size', 'itos': {id: character}, ...}."""
     try:
         meta = _PlainUnpickler(io.BytesIO(pickled)).load()
-    except Exception as e:  # bytes that are no pickle make the unpickler raise what they happen to lead to
+    except (
+        Exception
+    ) as e:  # bytes that are no pickle make the unpickler raise what they happen to lead to
         raise ValueError(str(e)) from e
     itos = [meta['itos'][i] for i in range(len(meta['itos']))]
     if not all(isinstance(c, str) and len(c) == 1 for c in itos):
@@ -156,7 +172,9 @@ def _fail_unprepared(folder):
     above = folder if _holds_data_sets(folder) else folder.parent
     if folder.is_dir() and above != folder:
         fail(f'the data set {folder} is not prepared; {_remedy(folder)}')
-    others = {path.parent.name for name in ('prepare.py', 'train.bin') for path in above.glob(f'*/{name}')}
+    others = {
+        path.parent.name for name in ('prepare.py', 'train.bin') for path in above.glob(f'*/{name}')
+    }
     fail(f'there is no data set {folder}; those in {above}: {", ".join(sorted(others)) or "none"}')
 
 
@@ -170,7 +188,9 @@ def prefetch(make, first, depth=2):
 
     def work(i):
         nonlocal broken
-        if broken:  # nobody will ask for this result, and the same complaint must not be printed again
+        if (
+            broken
+        ):  # nobody will ask for this result, and the same complaint must not be printed again
             return None
         try:
             return make(i)

@@ -28,10 +28,22 @@ ITERATIONS = 50
 SAVED_AT = 25
 LIMIT = 1e-5
 SETTINGS = [
-    '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=4',
-    '--device=cpu', '--dtype=float32', '--compile=False', '--eval_interval=25', '--eval_iters=5',
-    '--learning_rate=1e-2', '--min_lr=1e-3', '--warmup_iters=2', f'--lr_decay_iters={ITERATIONS}',
-]  # fmt: skip
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=4',
+    '--device=cpu',
+    '--dtype=float32',
+    '--compile=False',
+    '--eval_interval=25',
+    '--eval_iters=5',
+    '--learning_rate=1e-2',
+    '--min_lr=1e-3',
+    '--warmup_iters=2',
+    f'--lr_decay_iters={ITERATIONS}',
+]
 OPTIMIZERS = {
     'AdamW': ['--optimizer=adamw'],
     'AdamCPR': ['--optimizer=adamcpr', '--reg_step_size=5'],
@@ -43,7 +55,9 @@ def work(jobs):
     """Run train.py once for each list of arguments, all in this process (one of torchrun's, or the only one)."""
     stdout = sys.stdout
     for number, arguments in enumerate(json.loads(Path(jobs).read_text())):
-        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(number)  # as after a restart, ranks must not find old addresses
+        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(
+            number
+        )  # as after a restart, ranks must not find old addresses
         sys.argv, sys.stdout = ['train.py', *arguments], open(os.devnull, 'w')
         try:
             runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
@@ -54,12 +68,28 @@ def work(jobs):
 def launch(folder, world, jobs):
     """Have `world` processes do the jobs, [(name, arguments)]: each writes to folder/name."""
     path = folder / 'jobs.json'
-    path.write_text(json.dumps([[*SETTINGS, f'--dataset={folder / "data"}', f'--out_dir={folder / name}', *arguments]
-                                for name, arguments in jobs]))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            [
+                [
+                    *SETTINGS,
+                    f'--dataset={folder / "data"}',
+                    f'--out_dir={folder / name}',
+                    *arguments,
+                ]
+                for name, arguments in jobs
+            ]
+        )
+    )
     run = [sys.executable]
     if world > 1:
         run += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
-    subprocess.run([*run, __file__, f'--work={path}'], cwd=ROOT, check=True, env={'OMP_NUM_THREADS': '1', **os.environ})
+    subprocess.run(
+        [*run, __file__, f'--work={path}'],
+        cwd=ROOT,
+        check=True,
+        env={'OMP_NUM_THREADS': '1', **os.environ},
+    )
 
 
 def losses(out_dir):
@@ -69,7 +99,9 @@ def losses(out_dir):
 def difference(out_dir, reference):
     """The largest relative difference of a training loss; every iteration must be there."""
     ours, theirs = losses(out_dir), losses(reference)
-    assert ours.keys() == theirs.keys() == set(range(ITERATIONS)), f'{out_dir} does not have every iteration'
+    assert ours.keys() == theirs.keys() == set(range(ITERATIONS)), (
+        f'{out_dir} does not have every iteration'
+    )
     return max(abs(ours[i] - theirs[i]) / theirs[i] for i in theirs)
 
 
@@ -80,10 +112,16 @@ def compare(folder, worlds):
     documents = {'train': [''.join(sums[::7] + sums[1::7])], 'val': [''.join(sums[2::7])]}
     write_dataset(folder / 'data', documents, tokenizer, {})
 
-    kinds = [(engine, world) for world in worlds for engine in (['one'] if world == 1 else ['ddp', 'zero', 'fsdp'])]
+    kinds = [
+        (engine, world)
+        for world in worlds
+        for engine in (['one'] if world == 1 else ['ddp', 'zero', 'fsdp'])
+    ]
     for world in worlds:  # 1 comes first: the others take AdamWN's ratios from its AdamW
         jobs = []
-        for (engine, _), (name, options) in product([k for k in kinds if k[1] == world], OPTIMIZERS.items()):
+        for (engine, _), (name, options) in product(
+            [k for k in kinds if k[1] == world], OPTIMIZERS.items()
+        ):
             options = [o.replace('WN_FROM', str(folder / 'one-1-AdamW')) for o in options]
             options += [f'--parallel={engine}'] if world > 1 else []
             jobs.append((f'{engine}-{world}-{name}', [*options, f'--max_iters={ITERATIONS}']))
@@ -106,7 +144,9 @@ def compare(folder, worlds):
             jobs.append((name, options + ([f'--parallel={engine}'] if world > 1 else [])))
             cells[saved, (engine, world)] = name
         launch(folder, world, jobs)
-    return rows, {cell: difference(folder / name, folder / 'one-1-AdamCPR') for cell, name in cells.items()}
+    return rows, {
+        cell: difference(folder / name, folder / 'one-1-AdamCPR') for cell, name in cells.items()
+    }
 
 
 def label(kind):
@@ -116,15 +156,23 @@ def label(kind):
 def main(worlds):
     with tempfile.TemporaryDirectory() as folder:
         rows, cells = compare(Path(folder), worlds)
-    print('| engine x processes | optimizer | validation loss | largest difference from one process |')
+    print(
+        '| engine x processes | optimizer | validation loss | largest difference from one process |'
+    )
     print('|---|---|---|---|')
     for engine, world, name, val_loss, worst in rows:
         print(f'| {label((engine, world))} | {name} | {val_loss:.6f} | {worst:.1e} |')
     kinds = list(dict.fromkeys(saved for saved, _ in cells))
-    print('\n| saved under | ' + ' | '.join(f'resumed under {label(kind)}' for kind in kinds) + ' |')
+    print(
+        '\n| saved under | ' + ' | '.join(f'resumed under {label(kind)}' for kind in kinds) + ' |'
+    )
     print('|---' * (len(kinds) + 1) + '|')
     for saved in kinds:
-        print(f'| {label(saved)} | ' + ' | '.join(f'{cells[saved, kind]:.1e}' for kind in kinds) + ' |')
+        print(
+            f'| {label(saved)} | '
+            + ' | '.join(f'{cells[saved, kind]:.1e}' for kind in kinds)
+            + ' |'
+        )
     return max([row[-1] for row in rows] + list(cells.values())) > LIMIT
 
 

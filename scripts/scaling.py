@@ -34,13 +34,21 @@ def engine(name, n, layers, gpus):
         return 16 * n, *collective(4 * n, gpus, 2), n, 0
     if name == 'zero':  # the gradients' all-reduce, and a broadcast of every parameter
         return 8 * n + 8 * n / gpus, *collective(4 * n, gpus, 3), n / gpus, 0
-    if name == 'fsdp':  # gathers in bfloat16 for forward and backward, a reduce-scatter of the gradients in float32
+    if (
+        name == 'fsdp'
+    ):  # gathers in bfloat16 for forward and backward, a reduce-scatter of the gradients in float32
         gathers, reduction = collective(2 * n, gpus, 2), collective(4 * n, gpus, 1)
         nvlink, network = (g + r for g, r in zip(gathers, reduction, strict=True))
         return 16 * n / gpus + 2 * n / layers, nvlink, network, n / gpus, 8 * tensors
     # fsdp within a node, replicated over nodes: the network carries the all-reduce of an eighth of the gradients
     nvlink = collective(2 * n, 8, 2)[0] + collective(4 * n, 8, 1)[0]
-    return 16 * n / 8 + 2 * n / layers, nvlink, 2 * 4 * n / 8 * (nodes - 1) / nodes, n / 8, 8 * tensors
+    return (
+        16 * n / 8 + 2 * n / layers,
+        nvlink,
+        2 * 4 * n / 8 * (nodes - 1) / nodes,
+        n / 8,
+        8 * tensors,
+    )
 
 
 def ms(seconds):
@@ -49,9 +57,13 @@ def ms(seconds):
 
 def main():
     for model, (n, layers) in MODELS.items():
-        print(f'\n**{model}**, {TOKENS:,} tokens a GPU: forward and backward {ms(6 * n * TOKENS / PEAK)} ms at peak\n')
-        print('| GPUs | engine | memory, GB | NVLink, GB | network, GB | communication, ms | update, ms | '
-              'the constraint adds, bytes | the constraint adds, ms |')  # fmt: skip
+        print(
+            f'\n**{model}**, {TOKENS:,} tokens a GPU: forward and backward {ms(6 * n * TOKENS / PEAK)} ms at peak\n'
+        )
+        print(
+            '| GPUs | engine | memory, GB | NVLink, GB | network, GB | communication, ms | update, ms | '
+            'the constraint adds, bytes | the constraint adds, ms |'
+        )
         print('|---' * 9 + '|')
         for gpus in (8, 64, 1024):
             for name in ('ddp', 'zero', 'fsdp') + (('fsdp, shards of 8',) if gpus > 8 else ()):
@@ -61,9 +73,11 @@ def main():
                     print(f'| {gpus:,} | {name} | {memory / 1e9:,.0f}: does not fit | | | | | | |')
                     continue
                 # clipping needs the all-reduce in any case: what the constraint adds to it is the length of its message
-                print(f'| {gpus:,} | {name} | {memory / 1e9:,.1f} | {nvlink / 1e9:,.1f} | {network / 1e9:,.1f} | '
-                      f'{ms(seconds)} | {ms(32 * updated / HBM)} | {sums:,} | '
-                      f'{f"{2 * sums / NETWORK * 1e3:.5f}" if sums else "0"} |')  # fmt: skip
+                print(
+                    f'| {gpus:,} | {name} | {memory / 1e9:,.1f} | {nvlink / 1e9:,.1f} | {network / 1e9:,.1f} | '
+                    f'{ms(seconds)} | {ms(32 * updated / HBM)} | {sums:,} | '
+                    f'{f"{2 * sums / NETWORK * 1e3:.5f}" if sums else "0"} |'
+                )
     hops = {gpus: 2 * (gpus - 1).bit_length() for gpus in (8, 64, 1024)}
     print('\n| GPUs | hops of a small all-reduce | ms at 5 us a hop |\n|---|---|---|')
     for gpus, count in hops.items():

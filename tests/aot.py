@@ -25,15 +25,44 @@ from kernels import fused
 
 FP32, BF16 = tl.float32, tl.bfloat16
 INTEGERS = ('n', 'chunks', 'last', 'j0', 'count', 'every', 'seed')
-POINTERS = {'addresses': 'i64', 'numel': 'i64', 'owner': 'i32', 'first': 'i32', 'numbers': 'i32', 'proceed': 'i1',
-            'kappa_set': 'i1', 'skipped_steps': 'i64'}  # fmt: skip
-NUMBERS = ('lr', 'rest', 'rest1', 'rest2', 'log_beta1', 'log_beta2', 'log_ema_decay', 'eps', 'rate', 'mu', 'warm_start',
-           'max_norm', 'target')  # fmt: skip
+POINTERS = {
+    'addresses': 'i64',
+    'numel': 'i64',
+    'owner': 'i32',
+    'first': 'i32',
+    'numbers': 'i32',
+    'proceed': 'i1',
+    'kappa_set': 'i1',
+    'skipped_steps': 'i64',
+}
+NUMBERS = (
+    'lr',
+    'rest',
+    'rest1',
+    'rest2',
+    'log_beta1',
+    'log_beta2',
+    'log_ema_decay',
+    'eps',
+    'rate',
+    'mu',
+    'warm_start',
+    'max_norm',
+    'target',
+)
 
 
 def adam(theta=FP32, moment=FP32, reg='l2', stochastic=False, keep=False):
-    return fused._adam, dict(THETA=theta, GRAD=theta, MOMENT=moment, REG=reg, SUMS=True, STOCHASTIC=stochastic,
-                             KEEP=keep, LR='number')  # fmt: skip
+    return fused._adam, dict(
+        THETA=theta,
+        GRAD=theta,
+        MOMENT=moment,
+        REG=reg,
+        SUMS=True,
+        STOCHASTIC=stochastic,
+        KEEP=keep,
+        LR='number',
+    )
 
 
 def kernels():
@@ -43,17 +72,60 @@ def kernels():
     yield 'adam float32, std', *adam(reg='std'), 4, True
     yield 'adam bfloat16', *adam(theta=BF16), 4, True
     yield 'adam bfloat16, stochastic', *adam(theta=BF16, stochastic=True), 4, True
-    yield 'adam bfloat16, moments too, stochastic', *adam(theta=BF16, moment=BF16, stochastic=True), 4, True
+    yield (
+        'adam bfloat16, moments too, stochastic',
+        *adam(theta=BF16, moment=BF16, stochastic=True),
+        4,
+        True,
+    )
     yield 'correct float32', fused._correct, dict(THETA=FP32, REG='l2', STOCHASTIC=False), 4, True
-    yield 'correct bfloat16, stochastic', fused._correct, dict(THETA=BF16, REG='l2', STOCHASTIC=True), 4, False
+    yield (
+        'correct bfloat16, stochastic',
+        fused._correct,
+        dict(THETA=BF16, REG='l2', STOCHASTIC=True),
+        4,
+        False,
+    )
     yield 'sums float32', fused._sums, dict(ROW=1, DTYPE=FP32, REG='l2', samples=None), 4, True
     yield 'clip', fused._clip, dict(grad_scale=None, found_inf=None), 8, False
     yield 'clip, all given', fused._clip, dict(), 8, False
-    yield 'clip, not measured', fused._clip, dict(parts=None, grad_scale=None, found_inf=None), 8, False
-    yield 'constrain std', fused._constrain, dict(THETA=FP32, REG='std', METHOD='warm_start', LR='scalar', ema=None,
-                                                  ema_error=None, ema_last=None, ema_growth=None), 4, False
-    yield 'steer by tensors', fused._steer, dict(THETA=BF16, TARGET='vector', INIT='vector'), 4, False
-    yield 'constrain', fused._constrain, dict(THETA=FP32, REG='l2', METHOD='inflection_point', LR='number'), 4, False
+    yield (
+        'clip, not measured',
+        fused._clip,
+        dict(parts=None, grad_scale=None, found_inf=None),
+        8,
+        False,
+    )
+    yield (
+        'constrain std',
+        fused._constrain,
+        dict(
+            THETA=FP32,
+            REG='std',
+            METHOD='warm_start',
+            LR='scalar',
+            ema=None,
+            ema_error=None,
+            ema_last=None,
+            ema_growth=None,
+        ),
+        4,
+        False,
+    )
+    yield (
+        'steer by tensors',
+        fused._steer,
+        dict(THETA=BF16, TARGET='vector', INIT='vector'),
+        4,
+        False,
+    )
+    yield (
+        'constrain',
+        fused._constrain,
+        dict(THETA=FP32, REG='l2', METHOD='inflection_point', LR='number'),
+        4,
+        False,
+    )
     yield 'steer', fused._steer, dict(THETA=FP32, TARGET='number', INIT='vector'), 4, False
 
 
@@ -65,10 +137,16 @@ def compiled(kernel, constants, warps, arch):
             signature[name] = 'constexpr'
         elif name in INTEGERS:
             signature[name] = 'i32'
-        elif name in NUMBERS and constants.get({'lr': 'LR', 'target': 'TARGET'}.get(name), 'number') == 'number':
+        elif (
+            name in NUMBERS
+            and constants.get({'lr': 'LR', 'target': 'TARGET'}.get(name), 'number') == 'number'
+        ):
             signature[name] = 'fp32'
         else:
-            signature[name], attributes[i,] = '*' + POINTERS.get(name, 'fp32'), [['tt.divisibility', 16]]
+            signature[name], attributes[i,] = (
+                '*' + POINTERS.get(name, 'fp32'),
+                [['tt.divisibility', 16]],
+            )
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
@@ -88,19 +166,24 @@ def figures(binary):
         tools = triton.knobs.nvidia
 
         def tool(knob, *arguments):
-            return subprocess.run([knob.path, *arguments, str(path)], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [knob.path, *arguments, str(path)], capture_output=True, text=True, check=True
+            ).stdout
 
         usage, sass = tool(tools.cuobjdump, '--dump-resource-usage'), tool(tools.nvdisasm, '-c')
     path = full_block_path(binary.asm['ptx'])
     accesses = re.findall(r'\b(?:ld|st)\.global\S*', path)
     return {
-        'registers': int(re.search(r'REG:(\d+)', usage)[1]), 'stack': int(re.search(r'STACK:(\d+)', usage)[1]),
-        'local': int(re.search(r'LOCAL:(\d+)', usage)[1]) + len(re.findall(r'\b(?:LDL|STL)\b', sass)),
+        'registers': int(re.search(r'REG:(\d+)', usage)[1]),
+        'stack': int(re.search(r'STACK:(\d+)', usage)[1]),
+        'local': int(re.search(r'LOCAL:(\d+)', usage)[1])
+        + len(re.findall(r'\b(?:LDL|STL)\b', sass)),
         'sass_wide': len(re.findall(r'\b(?:LDG|STG)\S*\.128', sass)),
         'wide_loads': sum(x.startswith('ld') and '.v4.b32' in x for x in accesses),
         'wide_stores': sum(x.startswith('st') and '.v4.b32' in x for x in accesses),
-        'narrow': sum('.v4.b32' not in x for x in accesses), 'barriers': path.count('bar.sync'),
-    }  # fmt: skip
+        'narrow': sum('.v4.b32' not in x for x in accesses),
+        'barriers': path.count('bar.sync'),
+    }
 
 
 class NoGPU:
@@ -123,7 +206,9 @@ def compilations():
     triton.knobs.runtime.jit_post_compile_hook = lambda **_: count.__setitem__(0, count[0] + 1)
 
     def compile_only(kernel, programs, t, *args, num_warps=4, **flags):
-        kernel.warmup(len(t.params), t.chunk_of[-1], *args, num_warps=num_warps, grid=(programs,), **flags)
+        kernel.warmup(
+            len(t.params), t.chunk_of[-1], *args, num_warps=num_warps, grid=(programs,), **flags
+        )
 
     fused._launch, fused.INTERPRETED = compile_only, True
     counts = {}

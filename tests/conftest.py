@@ -14,17 +14,35 @@ import torch
 from hub import only_this_machine
 
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports triton: the kernels then run on the CPU
-os.environ['HF_HUB_OFFLINE'] = '1'  # before anything imports datasets or transformers; in the scripts' processes, too
+    os.environ['TRITON_INTERPRET'] = (
+        '1'  # before anything imports triton: the kernels then run on the CPU
+    )
+os.environ['HF_HUB_OFFLINE'] = (
+    '1'  # before anything imports datasets or transformers; in the scripts' processes, too
+)
 
 from data.prepare import CharTokenizer, write_dataset  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the scripts are run from the checkout
 
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--compile=False',
-        '--gradient_accumulation_steps=1', '--device=cpu', '--eval_iters=2', '--max_iters=8', '--eval_interval=4',
-        '--learning_rate=1e-2', '--warmup_iters=2', '--lr_decay_iters=8', '--norm_log_interval=2']  # fmt: skip
+TINY = [
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=16',
+    '--block_size=16',
+    '--batch_size=4',
+    '--compile=False',
+    '--gradient_accumulation_steps=1',
+    '--device=cpu',
+    '--eval_iters=2',
+    '--max_iters=8',
+    '--eval_interval=4',
+    '--learning_rate=1e-2',
+    '--warmup_iters=2',
+    '--lr_decay_iters=8',
+    '--norm_log_interval=2',
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +69,9 @@ def interpreter_rounds_to_bfloat16():
 
     def convert_float(data, source, target, rounding):
         if source.name == 'fp32' and target.name == 'bf16':
-            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+            return (
+                torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
+            )
         return convert(data, source, target, rounding)
 
     interpreter._convert_float = convert_float
@@ -67,7 +87,10 @@ def script(monkeypatch, capsys):
     """script('train.py', '--key=value', ...) runs it in this process, so that nothing has to be imported again."""
 
     def run(name, *arguments):
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE)}
+        handlers = {
+            s: signal.getsignal(s)
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE)
+        }
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         capsys.readouterr()
         status, names = 0, {}
@@ -100,5 +123,7 @@ def bpe_file(tmp_path_factory):
     """In place of GPT-2's vocabulary, which needs a download, one as large: all bytes and 50,000 pairs of them."""
     path = tmp_path_factory.mktemp('bpe') / 'gpt2.tiktoken'
     tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
-    path.write_bytes(b''.join(base64.b64encode(t) + b' %d\n' % rank for rank, t in enumerate(tokens)))
+    path.write_bytes(
+        b''.join(base64.b64encode(t) + b' %d\n' % rank for rank, t in enumerate(tokens))
+    )
     return path

@@ -20,7 +20,9 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = '0123456789' * 4
-API = re.compile(r'/api/(?:models/|(?=datasets/))(?P<repo>.+?)(?:/(?P<call>revision|tree|paths-info)/(?P<rest>.+))?')
+API = re.compile(
+    r'/api/(?:models/|(?=datasets/))(?P<repo>.+?)(?:/(?P<call>revision|tree|paths-info)/(?P<rest>.+))?'
+)
 FILE = re.compile(r'/(?P<repo>.+?)/resolve/[^/]+/(?P<path>.+)')
 
 
@@ -39,7 +41,9 @@ class Hub:
     def __init__(self, folder):
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.server.folder, self.server.served = Path(folder), []
-        self.served = self.server.served  # the files that were given, as the addresses of their repositories have them
+        self.served = (
+            self.server.served
+        )  # the files that were given, as the addresses of their repositories have them
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -71,13 +75,25 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, found, sent):
         repo = self.server.folder / found['repo']
         if found['call'] == 'tree':
-            content = [_entry(path, repo) for path in sorted((repo / found['rest'].partition('/')[2]).iterdir())]
+            content = [
+                _entry(path, repo)
+                for path in sorted((repo / found['rest'].partition('/')[2]).iterdir())
+            ]
         elif found['call'] == 'paths-info':
-            content = [_entry(repo / path, repo) for path in parse_qs(sent)['paths'] if (repo / path).exists()]
+            content = [
+                _entry(repo / path, repo)
+                for path in parse_qs(sent)['paths']
+                if (repo / path).exists()
+            ]
         else:
             files = [path.relative_to(repo) for path in sorted(repo.rglob('*')) if path.is_file()]
-            content = {'id': found['repo'].removeprefix('datasets/'), 'sha': COMMIT, 'private': False, 'tags': [],
-                       'siblings': [{'rfilename': str(path)} for path in files]}  # fmt: skip
+            content = {
+                'id': found['repo'].removeprefix('datasets/'),
+                'sha': COMMIT,
+                'private': False,
+                'tags': [],
+                'siblings': [{'rfilename': str(path)} for path in files],
+            }
         self.reply(200, json.dumps(content).encode(), {'Content-Type': 'application/json'})
 
     def file(self, found, _):
@@ -105,8 +121,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path, repo):
-    kind = {'type': 'file', 'size': path.stat().st_size, 'oid': _digest(path)} if path.is_file() else {
-        'type': 'directory', 'oid': COMMIT}  # fmt: skip
+    kind = (
+        {'type': 'file', 'size': path.stat().st_size, 'oid': _digest(path)}
+        if path.is_file()
+        else {'type': 'directory', 'oid': COMMIT}
+    )
     return {**kind, 'path': str(path.relative_to(repo))}
 
 

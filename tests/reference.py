@@ -24,7 +24,9 @@ def penalty(reg_function, theta):
     if reg_function == 'l1':
         return theta.abs().sum().item(), theta.sign()
     if reg_function == 'huber':
-        return torch.where(theta.abs() < 1, theta.square() / 2, theta.abs() - 0.5).sum().item(), theta.clamp(-1, 1)
+        return torch.where(
+            theta.abs() < 1, theta.square() / 2, theta.abs() - 0.5
+        ).sum().item(), theta.clamp(-1, 1)
     if reg_function == 'std':
         centred, n = theta - theta.mean(), theta.numel()
         std = math.sqrt(centred.square().sum().item() / (n - 1)) if n > 1 else 0.0
@@ -64,7 +66,9 @@ class Weights:
         self.t, self.m, self.v = 0, torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.theta_0 = None  # at the first step
         self.lagmul, self.kappa, self.inflection = 0.0, None, None
-        self.undecided = torch.zeros(theta.shape, dtype=torch.bool)  # whose sign (l1) float32 may have seen differently
+        self.undecided = torch.zeros(
+            theta.shape, dtype=torch.bool
+        )  # whose sign (l1) float32 may have seen differently
 
 
 class Reference:
@@ -87,8 +91,13 @@ class Reference:
         own = {
             'adamw': {'weight_decay': 0.01},
             'adamcpr': {
-                'kappa_init_method': 'inflection_point', 'kappa_init_param': 1000.0, 'reg_function': 'l2',
-                'kappa_update': 1.0, 'reg_step_size': 200, 'reg_ema_decay': 0.99, 'reg_by_lr': False,
+                'kappa_init_method': 'inflection_point',
+                'kappa_init_param': 1000.0,
+                'reg_function': 'l2',
+                'kappa_update': 1.0,
+                'reg_step_size': 200,
+                'reg_ema_decay': 0.99,
+                'reg_by_lr': False,
             },
             'adamwn': {'rate': 1e-2, 'ratio': 1.0, 'norm': None, 'scope': 'tensor'},
         }[kind]
@@ -115,7 +124,10 @@ class Reference:
             w.theta_0 = w.theta.clone() if w.theta_0 is None else w.theta_0
         adam = [lr * self.direction(w, g) for w, g in moving]
         before = self.kind == 'adamw' or self.order == 'before'
-        points = [w.theta if before else self.written(w.theta - s) for (w, _), s in zip(moving, adam, strict=True)]
+        points = [
+            w.theta if before else self.written(w.theta - s)
+            for (w, _), s in zip(moving, adam, strict=True)
+        ]
         corrections = self.corrections([w for w, _ in moving], points, lr)
         one_pass = before and (self.kind != 'adamcpr' or self.reg_function == 'l2')
         for (w, _), x, s, c in zip(moving, points, adam, corrections, strict=True):
@@ -140,7 +152,10 @@ class Reference:
 
     def corrections(self, tensors, points, lr):
         """What each tensor loses besides Adam's step."""
-        nothing, pairs = torch.zeros((), dtype=torch.float64), list(zip(tensors, points, strict=True))
+        nothing, pairs = (
+            torch.zeros((), dtype=torch.float64),
+            list(zip(tensors, points, strict=True)),
+        )
         if self.kind == 'adamw':
             corrections = [lr * self.weight_decay * x for _, x in pairs]
         elif self.kind == 'adamcpr':
@@ -187,12 +202,18 @@ class Reference:
             every = [w for w in self.tensors if w.regularize]
             now = [moving.get(id(w), w.theta) for w in every]
             start = [w.theta if w.theta_0 is None else w.theta_0 for w in every]
-            now, start = ([math.sqrt(sum(x.square().sum().item() for x in xs))] * len(tensors) for xs in (now, start))
+            now, start = (
+                [math.sqrt(sum(x.square().sum().item() for x in xs))] * len(tensors)
+                for xs in (now, start)
+            )
         target = [r * s for r, s in zip(self.per_tensor(self.ratio, tensors), start, strict=True)]
         if self.norm is not None:
             target = self.per_tensor(self.norm, tensors)
         # weights that are all zero have no direction to be scaled along
-        return [self.rate * (1 - a / b) * x if b > 0 else x for a, b, x in zip(target, now, points, strict=True)]
+        return [
+            self.rate * (1 - a / b) * x if b > 0 else x
+            for a, b, x in zip(target, now, points, strict=True)
+        ]
 
     def per_tensor(self, value, tensors):
         """A number for all, or a list with one for each parameter."""
@@ -219,7 +240,10 @@ def gradients(start, seed=0, steps=STEPS):
     outward = start.float().sign()
     pull = [1.0 if t < 10 or 16 <= t < 30 or 42 <= t else -1.0 for t in range(steps)]
     noise = [0.5 * torch.randn(start.shape, generator=g) for _ in range(steps)]
-    return [((0.3, 1.0, 3.0)[t % 3] * (noise[t] - pull[t] * outward)).to(start.dtype) for t in range(steps)]
+    return [
+        ((0.3, 1.0, 3.0)[t % 3] * (noise[t] - pull[t] * outward)).to(start.dtype)
+        for t in range(steps)
+    ]
 
 
 def schedule(peak, steps=STEPS):

@@ -29,7 +29,9 @@ def same_start(scale=1.0):
 
 def gradient(step, j):
     generator = torch.Generator().manual_seed(100 * step + j)
-    return torch.randn(SHAPES[j], generator=generator) * (float('inf') if step == 5 and j == 1 else 1.0)
+    return torch.randn(SHAPES[j], generator=generator) * (
+        float('inf') if step == 5 and j == 1 else 1.0
+    )
 
 
 def difference(ours, theirs):
@@ -57,8 +59,15 @@ def on_dtensors(cls, options, mesh, placements):
             assert reference.state[p].keys() == opt.state[q].keys()
             for name, value in reference.state[p].items():
                 ours = opt.state[q][name]
-                worst = max(worst, difference(ours.full_tensor() if hasattr(ours, 'full_tensor') else ours, value))
-    assert opt.skipped_steps == reference.skipped_steps == (1 if options.get('max_grad_norm', 0.0) is not None else 0)
+                worst = max(
+                    worst,
+                    difference(ours.full_tensor() if hasattr(ours, 'full_tensor') else ours, value),
+                )
+    assert (
+        opt.skipped_steps
+        == reference.skipped_steps
+        == (1 if options.get('max_grad_norm', 0.0) is not None else 0)
+    )
 
     # a state dict of whole tensors goes into an optimizer of DTensors
     other = cls([torch.nn.Parameter(q.detach().clone()) for q in spread], **options)
@@ -73,7 +82,9 @@ def divided(cls, options):
     whole, ours = ([torch.nn.Parameter(x) for x in same_start()] for _ in range(2))
     reference = cls(whole, **options)
     groups = [{'params': ours[:4]}, {'params': ours[4:], 'regularize': False}]
-    opt = ZeroRedundancyOptimizer(groups, functools.partial(cls, process_group=dist.group.WORLD, **options))
+    opt = ZeroRedundancyOptimizer(
+        groups, functools.partial(cls, process_group=dist.group.WORLD, **options)
+    )
     worst = 0.0
     for step in range(STEPS):
         for j, (p, q) in enumerate(zip(whole, ours, strict=True)):
@@ -98,16 +109,41 @@ def main():
     cases = {}
     for order in ('before', 'after'):
         for reg_function in ('l2', 'l1', 'std', 'huber'):
-            cases[f'cpr {reg_function} {order}'] = AdamCPR, dict(
-                kappa_init_method='dependent', kappa_init_param=0.7, reg_function=reg_function, order=order, lr=0.05)
-        cases[f'cpr warm_start {order}'] = AdamCPR, dict(
-            kappa_init_method='warm_start', kappa_init_param=4, order=order, lr=0.05, kappa_update=3.0)
-        cases[f'cpr inflection_point {order}'] = AdamCPR, dict(reg_step_size=2, reg_ema_decay=0.0, order=order, lr=0.05)
+            cases[f'cpr {reg_function} {order}'] = (
+                AdamCPR,
+                dict(
+                    kappa_init_method='dependent',
+                    kappa_init_param=0.7,
+                    reg_function=reg_function,
+                    order=order,
+                    lr=0.05,
+                ),
+            )
+        cases[f'cpr warm_start {order}'] = (
+            AdamCPR,
+            dict(
+                kappa_init_method='warm_start',
+                kappa_init_param=4,
+                order=order,
+                lr=0.05,
+                kappa_update=3.0,
+            ),
+        )
+        cases[f'cpr inflection_point {order}'] = (
+            AdamCPR,
+            dict(reg_step_size=2, reg_ema_decay=0.0, order=order, lr=0.05),
+        )
         for scope in ('tensor', 'global'):
-            cases[f'wn {scope} {order}'] = AdamWN, dict(rate=0.3, ratio=1.5, scope=scope, order=order, lr=0.05)
+            cases[f'wn {scope} {order}'] = (
+                AdamWN,
+                dict(rate=0.3, ratio=1.5, scope=scope, order=order, lr=0.05),
+            )
     cases['adamw'] = AdamW, dict(lr=0.05, weight_decay=0.5, max_grad_norm=1.0)
     if impl != 'torch':
-        cases = {name: cases[name] for name in ('cpr l2 before', 'cpr std before', 'cpr std after', 'wn global after')}
+        cases = {
+            name: cases[name]
+            for name in ('cpr l2 before', 'cpr std before', 'cpr std after', 'wn global after')
+        }
     for number, (name, (cls, options)) in enumerate(cases.items()):
         options = {'max_grad_norm': 2.0, 'impl': impl, **options}
         mesh, placements = ((grid, (Replicate(), Shard(0))), (flat, (Shard(0),)))[number % 2]

@@ -24,16 +24,25 @@ SMALL = [word for word in TINY if not word.startswith('--eval_iters')] + ['--log
 def start(out, *arguments, **options):
     """compare.py as its user starts it; it makes processes of its own, so it is one."""
     command = [sys.executable, 'compare.py', *map(str, arguments), f'--out={out}', *SMALL]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options)  # fmt: skip
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        **options,
+    )
 
 
 def results(out):
     """{(config, seed): its line in results.jsonl, less where and how fast it was made}."""
     elsewhere = ('out_dir', 'ms', 'tokens_per_s', 'command')
     lines = map(json.loads, (out / 'results.jsonl').read_text().splitlines())
-    return {(line['config'], line['seed']): {k: v for k, v in line.items() if k not in elsewhere}
-            for line in lines}  # fmt: skip
+    return {
+        (line['config'], line['seed']): {k: v for k, v in line.items() if k not in elsewhere}
+        for line in lines
+    }
 
 
 def files(folder):
@@ -44,7 +53,12 @@ def files(folder):
 def recipe(dataset, tmp_path_factory):
     """AdamW and AdamWN to where AdamW ended, two seeds: the folder, and the arguments that made it."""
     out = tmp_path_factory.mktemp('results') / 'recipe'
-    arguments = [ADAMW, f'{WN} --wn_from={{1}} --wn_ramp_iters=2', '--seeds=1,2', f'--dataset={dataset}']
+    arguments = [
+        ADAMW,
+        f'{WN} --wn_from={{1}} --wn_ramp_iters=2',
+        '--seeds=1,2',
+        f'--dataset={dataset}',
+    ]
     process = start(out, *arguments, '--jobs=2')
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -58,13 +72,29 @@ def finished(tmp_path):
     def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None):
         config = compare.Config([f'config/{name}.py'], name)
         for seed, losses in enumerate(val_losses, 1):
-            entries = [{'kind': 'config', 'config': {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100}},
-                       *({'kind': 'train', 'iter': i, 'loss': 1.0, 'ms': ms, 'tokens_per_s': 2e4 / ms, 'mfu': mfu}
-                         for i in range(3)),
-                       *({'kind': 'eval', 'iter': 100 * i, 'train_loss': 1.0, 'val_loss': loss}
-                         for i, loss in enumerate(losses)),
-                       {'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}},
-                       {'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}}]  # fmt: skip
+            entries = [
+                {
+                    'kind': 'config',
+                    'config': {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100},
+                },
+                *(
+                    {
+                        'kind': 'train',
+                        'iter': i,
+                        'loss': 1.0,
+                        'ms': ms,
+                        'tokens_per_s': 2e4 / ms,
+                        'mfu': mfu,
+                    }
+                    for i in range(3)
+                ),
+                *(
+                    {'kind': 'eval', 'iter': 100 * i, 'train_loss': 1.0, 'val_loss': loss}
+                    for i, loss in enumerate(losses)
+                ),
+                {'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}},
+                {'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}},
+            ]
             out_dir = write_log(tmp_path / name / str(seed), entries)
             run = compare.Run(seed, out_dir, [f'config/{name}.py'], runlog.read(out_dir))
             run.result = compare.result_of(run, config)
@@ -75,33 +105,51 @@ def finished(tmp_path):
 
 
 def test_the_report_says_what_the_logs_say(finished):
-    first = finished('first', [4.0, 2.0, 1.0, 1.1], [4.0, 2.0, 1.2, 1.3], [4.0, 2.0, 1.3, 1.5], ratio=3.0)
-    second = finished('second', [4.0, 1.1, 0.9, 0.9], [4.0, 1.5, 1.3, 1.2], [4.0, 2.0, 2.0, 1.9], ms=20.0, mfu=0.3)
+    first = finished(
+        'first', [4.0, 2.0, 1.0, 1.1], [4.0, 2.0, 1.2, 1.3], [4.0, 2.0, 1.3, 1.5], ratio=3.0
+    )
+    second = finished(
+        'second', [4.0, 1.1, 0.9, 0.9], [4.0, 1.5, 1.3, 1.2], [4.0, 2.0, 2.0, 1.9], ms=20.0, mfu=0.3
+    )
     rows = compare.table([first, second])
     # differences -0.2, -0.1, 0.4: deviation 0.3215, over sqrt(3)
-    assert rows[0][2:] == ['1.3000 ± 0.2000', '1.1667 ± 0.1528', '', '200', '3.00', '10.0',
-                           '2,000']  # fmt: skip
-    assert rows[1][2:] == ['1.3333 ± 0.5132', '1.3333 ± 0.5132', '+0.0333 ± 0.1856', '150 (2 of 3 seeds)', '2.00',
-                           '20.0', '1,000 (30.0% MFU)']  # fmt: skip
+    assert rows[0][2:] == ['1.3000 ± 0.2000', '1.1667 ± 0.1528', '', '200', '3.00', '10.0', '2,000']
+    assert rows[1][2:] == [
+        '1.3333 ± 0.5132',
+        '1.3333 ± 0.5132',
+        '+0.0333 ± 0.1856',
+        '150 (2 of 3 seeds)',
+        '2.00',
+        '20.0',
+        '1,000 (30.0% MFU)',
+    ]
 
 
-@pytest.mark.parametrize('differences, p', [
-    ((-0.01, -0.02, -0.03), 0.0742),  # p as scipy.stats.ttest_rel has it
-    ((-0.02, -0.02, -0.03), 0.0198),
-    ((0.10, 0.11, 0.02, 0.01, 0.05), 0.0447),
-    ((0.10, 0.11, 0.02, -0.01, 0.05), 0.0764),
-    ((0.0, 0.0, 0.0), None),
-    ((0.5,), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'differences, p',
+    [
+        ((-0.01, -0.02, -0.03), 0.0742),  # p as scipy.stats.ttest_rel has it
+        ((-0.02, -0.02, -0.03), 0.0198),
+        ((0.10, 0.11, 0.02, 0.01, 0.05), 0.0447),
+        ((0.10, 0.11, 0.02, -0.01, 0.05), 0.0764),
+        ((0.0, 0.0, 0.0), None),
+        ((0.5,), None),
+    ],
+)
 def test_a_star_marks_a_paired_t_test_below_5_percent(finished, differences, p):
     starts = [1.0 + 0.1 * i for i in range(len(differences))]
     first = finished('first', *([start] for start in starts))
-    second = finished('second', *([start + d] for start, d in zip(starts, differences, strict=True)))
+    second = finished(
+        'second', *([start + d] for start, d in zip(starts, differences, strict=True))
+    )
     assert compare.difference(second, first)[2] == (p is not None and p < 0.05)
 
 
 def test_a_run_that_blew_up_is_reported_as_such(finished):
-    first, second = finished('first', [4.0, 2.0], [4.0, 2.1]), finished('second', [4.0, None], [4.0, 2.0])
+    first, second = (
+        finished('first', [4.0, 2.0], [4.0, 2.1]),
+        finished('second', [4.0, None], [4.0, 2.0]),
+    )
     row = compare.table([first, second])[1]
     assert row[2:5] == ['inf', '3.0000 ± 1.4142', '+inf']
     assert 'inf' in compare.report([first, second], 'results/x', [], {}, {})
@@ -114,16 +162,26 @@ def test_of_two_that_blew_up_none_is_lower(finished):
 
 
 def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
-    configs = [finished('a', [1.0]), finished('b', [0.9]), finished('c', [0.8], optimizer='adamcpr')]
+    configs = [
+        finished('a', [1.0]),
+        finished('b', [0.9]),
+        finished('c', [0.8], optimizer='adamcpr'),
+    ]
     text = compare.report(configs, 'results/x', [], {}, {})
     assert 'AdamW 2, AdamCPR 1' in text and 'AdamW 0.9000; AdamCPR 0.8000' in text
 
 
-def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(finished, tmp_path, monkeypatch):
+def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(
+    finished, tmp_path, monkeypatch
+):
     configs = [finished(f'adamw weight_decay={i}', [4.0, 2.0 - i]) for i in range(4)]
-    configs += [finished(f'cpr kappa_init_param={i}', [4.0, 1.5 + i], optimizer='adamcpr') for i in range(4)]
+    configs += [
+        finished(f'cpr kappa_init_param={i}', [4.0, 1.5 + i], optimizer='adamcpr') for i in range(4)
+    ]
     shown = []
-    monkeypatch.setattr('plot.loss_figure', lambda runs: shown.extend(run.name for run in runs) or Figure())
+    monkeypatch.setattr(
+        'plot.loss_figure', lambda runs: shown.extend(run.name for run in runs) or Figure()
+    )
     captions = compare.draw(configs, tmp_path)
     assert shown == ['adamw weight_decay=0', 'adamw weight_decay=3', 'cpr kappa_init_param=0']
     assert all((tmp_path / name).exists() for name in captions)
@@ -131,10 +189,12 @@ def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(f
 
 def test_pictures_call_the_configs_by_what_tells_them_apart():
     for names, labels in (
-        (['train_char_adamw lr=1 wd=0', 'train_char_adamw lr=1 wd=1', 'train_char_wn lr=1'],
-         ['adamw wd=0', 'adamw wd=1', 'wn']),
+        (
+            ['train_char_adamw lr=1 wd=0', 'train_char_adamw lr=1 wd=1', 'train_char_wn lr=1'],
+            ['adamw wd=0', 'adamw wd=1', 'wn'],
+        ),
         (['train_char_wn', 'train_char_wn k=1'], ['wn', 'wn k=1']),
-    ):  # fmt: skip
+    ):
         assert compare.labels([compare.Config([], name) for name in names]) == labels
 
 
@@ -142,17 +202,23 @@ def test_every_number_is_that_of_a_train_py_run(recipe, script, tmp_path):
     out, _ = recipe
     for line in map(json.loads, (out / 'results.jsonl').read_text().splitlines()):
         entries = runlog.read(line['out_dir'])
-        assert line['val_losses'] == {str(e['iter']): e['val_loss'] for e in entries if e['kind'] == 'eval'}
+        assert line['val_losses'] == {
+            str(e['iter']): e['val_loss'] for e in entries if e['kind'] == 'eval'
+        }
     again = tmp_path / 'again'  # the last run, by its command
     outcome = script('train.py', *line['command'].split()[2:], f'--out_dir={again}')
     assert outcome.status == 0, outcome.err
-    assert [e['val_loss'] for e in runlog.read(again) if e['kind'] == 'eval'] == list(line['val_losses'].values())
+    assert [e['val_loss'] for e in runlog.read(again) if e['kind'] == 'eval'] == list(
+        line['val_losses'].values()
+    )
 
 
 def test_a_number_in_braces_is_the_run_of_that_config_with_the_same_seed(recipe):
     out, _ = recipe
     for seed in (1, 2):
-        settings = [runlog.read(path)[0]['config'] for path in sorted((out / 'runs').glob(f'*/seed{seed}'))]
+        settings = [
+            runlog.read(path)[0]['config'] for path in sorted((out / 'runs').glob(f'*/seed{seed}'))
+        ]
         assert settings[1]['wn_from'] == settings[0]['out_dir'] and settings[1]['seed'] == seed
 
 
@@ -160,8 +226,18 @@ def test_the_report_names_all_commands_pictures_and_the_machine(recipe):
     out, arguments = recipe
     text = (out / 'report.md').read_text()
     command = text.split('```')[1].replace('\\\n', '')
-    assert shlex.split(command) == ['python', 'compare.py', *arguments, '--jobs=2', f'--out={out}', *SMALL]
-    assert all(f'({path.name})' in text for path in out.glob('*.png')) and len(list(out.glob('*.png'))) == 3
+    assert shlex.split(command) == [
+        'python',
+        'compare.py',
+        *arguments,
+        '--jobs=2',
+        f'--out={out}',
+        *SMALL,
+    ]
+    assert (
+        all(f'({path.name})' in text for path in out.glob('*.png'))
+        and len(list(out.glob('*.png'))) == 3
+    )
     assert 'torch' in text and 'not recorded' not in text
 
 
@@ -186,13 +262,17 @@ def test_a_run_from_anothers_checkpoint_waits_until_it_is_finished(tmp_path, dat
     _, err = start(out, ADAMW, f'--init_from={tmp_path}/ckpt.pt', *common).communicate()
     assert 'made with init_from=scratch, not init_from=' in err
     (out / 'made.jsonl').write_text('{"out_dir": "cut o')
-    assert start(out, ADAMW, *common).wait() == 0 and 'not recorded' in (out / 'report.md').read_text()
+    assert (
+        start(out, ADAMW, *common).wait() == 0 and 'not recorded' in (out / 'report.md').read_text()
+    )
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(recipe, tmp_path):
     out, arguments = tmp_path / 'killed', [word for word in recipe[1] if not word.startswith(WN)]
     process = start(out, *arguments, '--jobs=1', start_new_session=True)
-    while not list(out.glob('runs/*/seed2/log.jsonl')):  # the first run is done, the second under way
+    while not list(
+        out.glob('runs/*/seed2/log.jsonl')
+    ):  # the first run is done, the second under way
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -215,20 +295,23 @@ def test_other_settings_than_those_of_the_runs_there_are_refused(recipe, monkeyp
     assert files(out) == before
 
 
-@pytest.mark.parametrize('arguments, says', [
-    ([ADAMW, '--out=x', '--seeds=1,1'], '--seeds=1,1'),
-    ([ADAMW, '--out=x', '--seeds=one'], '--seeds=one'),
-    ([ADAMW, '--out=x', '--jobs=-1'], '--jobs=-1'),
-    ([ADAMW], '--out'),
-    (['--out=x'], 'CONFIG'),
-    (['--out=x', f'{WN} --wn_from={{1}}'], '{1}'),
-    (['--out=x', f'{WN} --wn_from={{2}}', ADAMW], '{2}'),
-    (['--out=x', ADAMW, './' + ADAMW], 'two of the configs'),
-    (['--out=x', ADAMW + " --out_dir='x"], 'in one pair of quotes'),
-    (['--out=x', '--seeds=1', ' --weight_decay=1'], 'names no config file'),
-    (['--out=x', ADAMW, '--seed=7'], '--seed=7'),
-    (['--out=x', ADAMW + ' --eval_iters=2'], '--eval_iters=2'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'arguments, says',
+    [
+        ([ADAMW, '--out=x', '--seeds=1,1'], '--seeds=1,1'),
+        ([ADAMW, '--out=x', '--seeds=one'], '--seeds=one'),
+        ([ADAMW, '--out=x', '--jobs=-1'], '--jobs=-1'),
+        ([ADAMW], '--out'),
+        (['--out=x'], 'CONFIG'),
+        (['--out=x', f'{WN} --wn_from={{1}}'], '{1}'),
+        (['--out=x', f'{WN} --wn_from={{2}}', ADAMW], '{2}'),
+        (['--out=x', ADAMW, './' + ADAMW], 'two of the configs'),
+        (['--out=x', ADAMW + " --out_dir='x"], 'in one pair of quotes'),
+        (['--out=x', '--seeds=1', ' --weight_decay=1'], 'names no config file'),
+        (['--out=x', ADAMW, '--seed=7'], '--seed=7'),
+        (['--out=x', ADAMW + ' --eval_iters=2'], '--eval_iters=2'),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_line(arguments, says, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match='2'):
@@ -239,7 +322,9 @@ def test_a_mistake_on_the_command_line_is_one_line(arguments, says, monkeypatch,
 
 
 def test_a_mistake_in_a_config_is_what_train_py_says(tmp_path, dataset):
-    process = start(tmp_path / 'out', f'{ADAMW} --weight_decai=1', f'--dataset={dataset}', '--seeds=1')
+    process = start(
+        tmp_path / 'out', f'{ADAMW} --weight_decai=1', f'--dataset={dataset}', '--seeds=1'
+    )
     _, err = process.communicate()
     assert process.returncode == 2 and "did you mean 'weight_decay'?" in err
     assert err.splitlines()[-1].startswith('error: ')
@@ -247,11 +332,22 @@ def test_a_mistake_in_a_config_is_what_train_py_says(tmp_path, dataset):
 
 
 @pytest.mark.parametrize('at_zero', [False, True])
-def test_the_studys_detector_fires_on_weights_that_stand_still(script, dataset, tmp_path, monkeypatch, at_zero):
+def test_the_studys_detector_fires_on_weights_that_stand_still(
+    script, dataset, tmp_path, monkeypatch, at_zero
+):
     monkeypatch.setattr(plain, '_slows_down', plain._slows_down)  # the file puts its own there
     files = ['config/train_scarce_cpr.py', *['results/detector/zero_started.py'] * at_zero]
-    outcome = script('train.py', *files, *SMALL, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--learning_rate=0.0',
-                     '--min_lr=0.0', '--reg_step_size=1', '--norm_log_interval=1')  # fmt: skip
+    outcome = script(
+        'train.py',
+        *files,
+        *SMALL,
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path}',
+        '--learning_rate=0.0',
+        '--min_lr=0.0',
+        '--reg_step_size=1',
+        '--norm_log_interval=1',
+    )
     assert outcome.status == 0, outcome.err
     norms = [entry for entry in runlog.read(tmp_path) if entry['kind'] == 'norms']
     kappas = [t['kappa'] for t in norms[4]['tensors'].values() if 'kappa' in t]

@@ -13,11 +13,27 @@ def test_the_config_trains(script, dataset, tmp_path, name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     text = Path('config', name).read_text()
     assert text.startswith('# ') and f'python train.py config/{name}' in text
-    small = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--max_iters=1',
-             '--gradient_accumulation_steps=1', '--eval_iters=1', '--compile=False', '--device=cpu']  # fmt: skip
+    small = [
+        '--n_layer=1',
+        '--n_head=2',
+        '--n_embd=16',
+        '--block_size=16',
+        '--batch_size=2',
+        '--max_iters=1',
+        '--gradient_accumulation_steps=1',
+        '--eval_iters=1',
+        '--compile=False',
+        '--device=cpu',
+    ]
     if "init_from = 'gpt2" in text:
         small += ['--init_from=scratch']
-    outcome = script('train.py', f'config/{name}', *small, f'--dataset={dataset}', f'--out_dir={tmp_path / "out"}')
+    outcome = script(
+        'train.py',
+        f'config/{name}',
+        *small,
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path / "out"}',
+    )
     assert outcome.status == 0, outcome.err
     assert 'val loss' in outcome.out
 
@@ -26,4 +42,7 @@ def test_the_config_trains(script, dataset, tmp_path, name, monkeypatch):
 def test_gpt2_configs_take_the_papers_number_of_tokens(name):
     settings = {}
     exec(Path('config', name).read_text(), {'warmup_iters': 2000}, settings)
-    assert settings['batch_size'] * settings['block_size'] * settings['gradient_accumulation_steps'] == 491520
+    assert (
+        settings['batch_size'] * settings['block_size'] * settings['gradient_accumulation_steps']
+        == 491520
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from configurator import check, configure
 
-SCRIPT = '''# ---- settings
+SCRIPT = """# ---- settings
 # input and output
 out_dir = 'out'  # where it goes
 eval_only = False  # evaluate once
@@ -14,7 +14,7 @@ eval_only = False  # evaluate once
 batch_size = 12
 learning_rate = 6e-4  # the highest
 _private = 1
-'''
+"""
 
 
 @pytest.fixture
@@ -48,10 +48,16 @@ def test_all_settings_and_those_given_are_returned(settings):
 
 
 def test_a_config_file_may_import_compute_and_use_settings(settings):
-    path = config("import time\nfrom math import sqrt\n_two = int(sqrt(4))\nbatch_size = _two * batch_size\n"
-                  "learning_rate = batch_size / 10\nout_dir = 'run-' + str(len(time.asctime()))")  # fmt: skip
+    path = config(
+        'import time\nfrom math import sqrt\n_two = int(sqrt(4))\nbatch_size = _two * batch_size\n'
+        "learning_rate = batch_size / 10\nout_dir = 'run-' + str(len(time.asctime()))"
+    )
     configure(settings, [path])
-    assert (settings['batch_size'], settings['learning_rate'], settings['out_dir']) == (24, 2.4, 'run-24')
+    assert (settings['batch_size'], settings['learning_rate'], settings['out_dir']) == (
+        24,
+        2.4,
+        'run-24',
+    )
 
 
 def test_an_int_is_a_float_where_a_float_is_wanted(settings):
@@ -65,22 +71,27 @@ def test_a_string_setting_takes_any_text(settings, text):
     assert settings['out_dir'] == text
 
 
-@pytest.mark.parametrize('argument, says', [
-    ('--batch_sise=3', "did you mean 'batch_size'?"),
-    ('--zzzzz=3', '--help'),
-    ('--batch_size=3.5', 'batch_size must be a whole number'),
-    ('--batch_size=True', 'batch_size must be a whole number'),
-    ('--batch_size=many', 'batch_size must be a whole number'),
-    ('--batch_size=', 'batch_size must be a whole number'),
-    ('--eval_only=1', 'eval_only must be True or False'),
-    ('--eval_only=true', 'eval_only must be True or False'),
-    ('--learning_rate=fast', 'learning_rate must be a number'),
-    ('--_private=2', "unknown setting '_private'"),
-    ('--eval_only', '--eval_only=VALUE'),
-    ('nowhere.py', 'no config file'),
-    ('batch_size=3', '--key=value'),
-])  # fmt: skip
-def test_a_mistake_on_the_command_line_is_one_error_line_and_status_2(settings, capsys, argument, says):
+@pytest.mark.parametrize(
+    'argument, says',
+    [
+        ('--batch_sise=3', "did you mean 'batch_size'?"),
+        ('--zzzzz=3', '--help'),
+        ('--batch_size=3.5', 'batch_size must be a whole number'),
+        ('--batch_size=True', 'batch_size must be a whole number'),
+        ('--batch_size=many', 'batch_size must be a whole number'),
+        ('--batch_size=', 'batch_size must be a whole number'),
+        ('--eval_only=1', 'eval_only must be True or False'),
+        ('--eval_only=true', 'eval_only must be True or False'),
+        ('--learning_rate=fast', 'learning_rate must be a number'),
+        ('--_private=2', "unknown setting '_private'"),
+        ('--eval_only', '--eval_only=VALUE'),
+        ('nowhere.py', 'no config file'),
+        ('batch_size=3', '--key=value'),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_error_line_and_status_2(
+    settings, capsys, argument, says
+):
     before = dict(settings)
     with pytest.raises(SystemExit) as e:
         configure(settings, [argument])
@@ -89,15 +100,18 @@ def test_a_mistake_on_the_command_line_is_one_error_line_and_status_2(settings, 
     assert settings == before
 
 
-@pytest.mark.parametrize('text, says', [
-    ('batch_sise = 3', "did you mean 'batch_size'?"),
-    ("batch_size = 'a'", 'must be a whole number'),
-    ('batch_size = [1]', 'must be a whole number'),
-    ('out_dir = 3', 'must be a string'),
-    ('batch_size = 1 / 0', 'ZeroDivisionError'),
-    ('raise SystemExit', 'SystemExit'),
-    ('batch_size = ', 'SyntaxError'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'text, says',
+    [
+        ('batch_sise = 3', "did you mean 'batch_size'?"),
+        ("batch_size = 'a'", 'must be a whole number'),
+        ('batch_size = [1]', 'must be a whole number'),
+        ('out_dir = 3', 'must be a string'),
+        ('batch_size = 1 / 0', 'ZeroDivisionError'),
+        ('raise SystemExit', 'SystemExit'),
+        ('batch_size = ', 'SyntaxError'),
+    ],
+)
 def test_a_mistake_in_a_config_file_is_one_error_line_that_names_it(settings, capsys, text, says):
     with pytest.raises(SystemExit) as e:
         configure(settings, [config(text, 'mine.py')])
@@ -128,17 +142,31 @@ def test_help_of_each_script_lists_all_its_settings(script):
         outcome = script(name, '--help')
         with open(name) as f:
             body = ast.parse(f.read()).body
-        configured = next(i for i, node in enumerate(body) if 'configure' in ast.dump(node) and
-                          not isinstance(node, (ast.Import, ast.ImportFrom)))  # fmt: skip
-        names = [t.id for node in body[:configured] if isinstance(node, ast.Assign) for t in node.targets]
+        configured = next(
+            i
+            for i, node in enumerate(body)
+            if 'configure' in ast.dump(node) and not isinstance(node, (ast.Import, ast.ImportFrom))
+        )
+        names = [
+            t.id for node in body[:configured] if isinstance(node, ast.Assign) for t in node.targets
+        ]
         assert outcome.status == 0 and len(names) > 10
         assert all(f'--{key}=' in outcome.out for key in names)
 
 
-@pytest.mark.parametrize('key, value, limit', [
-    ('n', 0, '>= 1'), ('n', -1, '>= 0'), ('x', 1.0, 'in [0, 1)'), ('x', 1.1, 'in [0, 1]'), ('x', float('nan'), '>= 0'),
-    ('x', float('inf'), '>= 0'), ('s', 'c', 'one of a b'), ('s', '', 'one of a b'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'key, value, limit',
+    [
+        ('n', 0, '>= 1'),
+        ('n', -1, '>= 0'),
+        ('x', 1.0, 'in [0, 1)'),
+        ('x', 1.1, 'in [0, 1]'),
+        ('x', float('nan'), '>= 0'),
+        ('x', float('inf'), '>= 0'),
+        ('s', 'c', 'one of a b'),
+        ('s', '', 'one of a b'),
+    ],
+)
 def test_a_value_outside_its_limit_fails(capsys, key, value, limit):
     with pytest.raises(SystemExit) as e:
         check({key: value}, {limit: key})
@@ -146,5 +174,7 @@ def test_a_value_outside_its_limit_fails(capsys, key, value, limit):
 
 
 def test_values_at_their_limits_pass():
-    check(dict(n=1, m=0, x=0.0, y=1.0, s='b'), {'>= 1': 'n', '>= 0': 'm', 'in [0, 1)': 'x', 'in [0, 1]': 'y',
-                                                'one of a b': 's'})  # fmt: skip
+    check(
+        dict(n=1, m=0, x=0.0, y=1.0, s='b'),
+        {'>= 1': 'n', '>= 0': 'm', 'in [0, 1)': 'x', 'in [0, 1]': 'y', 'one of a b': 's'},
+    )

@@ -121,7 +121,9 @@ def test_a_split_of_one_block_and_its_target_is_enough(tmp_path):
 
 @pytest.mark.parametrize('block_size', [1, 7, 53, 105, 106])
 @pytest.mark.parametrize('batch_size', [1, 4, 1000])
-def test_sequential_makes_every_token_but_the_first_a_target_exactly_once(numbered, block_size, batch_size):
+def test_sequential_makes_every_token_but_the_first_a_target_exactly_once(
+    numbered, block_size, batch_size
+):
     data = TokenData(numbered, block_size)
     batches = list(data.sequential('val', batch_size))
     assert [t for _, y in batches for t in y.flatten().tolist()] == list(range(1, 107))
@@ -129,14 +131,21 @@ def test_sequential_makes_every_token_but_the_first_a_target_exactly_once(number
         assert torch.equal(y, x + 1) and y.is_contiguous() and x.dtype == y.dtype == torch.int64
     full = [x for x, _ in batches if x.shape[1] == block_size]
     assert all(len(x) == batch_size for x in full[:-1]) and len(full[-1]) <= batch_size
-    assert all(x.shape == (1, 106 % block_size) for x, _ in batches[len(full) :]) and len(batches) - len(full) <= 1
+    assert (
+        all(x.shape == (1, 106 % block_size) for x, _ in batches[len(full) :])
+        and len(batches) - len(full) <= 1
+    )
 
 
 def test_to_device_keeps_the_values(numbered):
     x, y = TokenData(numbered, 16).batch('train', 1, 0, 5)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     moved = to_device((x, y), device)
-    assert torch.equal(moved[0].cpu(), x) and torch.equal(moved[1].cpu(), y) and moved[0].device.type == device
+    assert (
+        torch.equal(moved[0].cpu(), x)
+        and torch.equal(moved[1].cpu(), y)
+        and moved[0].device.type == device
+    )
 
 
 # Prefetching
@@ -220,7 +229,24 @@ def test_the_grouped_pattern_cuts_as_tiktokens_own(bpe_file):
     openai_public = pytest.importorskip('tiktoken_ext.openai_public')
     theirs = regex_of(openai_public.r50k_pat_str, bpe_file)
     ours = GPT2Tokenizer(bpe_file)
-    pieces = ["it's", " I'LL", '  ', ' ', '\n\n', '\n', '\t', 'é', '数', '12', '½', '...', '\x1c', '\u3000', "'s", 'a']
+    pieces = [
+        "it's",
+        " I'LL",
+        '  ',
+        ' ',
+        '\n\n',
+        '\n',
+        '\t',
+        'é',
+        '数',
+        '12',
+        '½',
+        '...',
+        '\x1c',
+        '\u3000',
+        "'s",
+        'a',
+    ]
     rng = np.random.default_rng(0)
     for _ in range(2000):
         text = ''.join(pieces[i] for i in rng.integers(len(pieces), size=12))
@@ -236,7 +262,9 @@ def test_a_vocabulary_that_is_not_gpt2s_is_named(bpe_file, tmp_path, fails):
     (tmp_path / 'short').write_bytes(bpe_file.read_bytes()[:1000].rsplit(b'\n', 1)[0])
     (tmp_path / 'prose').write_text('no vocabulary\n')
     for name in ('short', 'prose', 'missing'):
-        assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(GPT2Tokenizer, tmp_path / name)
+        assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(
+            GPT2Tokenizer, tmp_path / name
+        )
 
 
 def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, fails):
@@ -274,7 +302,10 @@ def test_a_data_set_reads_as_it_was_written(tmp_path, capsys):
     assert 'train 3, val 2' in capsys.readouterr().out
     assert (tmp_path / 'train.bin').read_bytes() == b'\x01\x00\x02\x00\xff\xff'
     data = TokenData(tmp_path)
-    assert data.splits['train'].tolist() == [1, 2, 65535] and data.splits['val'].tolist() == [0, 65534]
+    assert data.splits['train'].tolist() == [1, 2, 65535] and data.splits['val'].tolist() == [
+        0,
+        65534,
+    ]
     written = {'source': {'text': 'x'}, 'dtype': 'uint16', 'train_tokens': 3, 'val_tokens': 2}
     assert data.meta == {**ids.meta, **written}
     assert sorted(contents(tmp_path)) == FILES
@@ -291,7 +322,9 @@ def test_a_vocabulary_beyond_16_bits_is_written_and_read_in_32(tmp_path):
 def test_nanogpt_finds_its_meta_pkl_and_no_older_one_stays(tmp_path, bpe_file):
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
     meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
-    assert ''.join(meta['itos'][meta['stoi'][c]] for c in 'ab é') == 'ab é' and meta['vocab_size'] == 6
+    assert (
+        ''.join(meta['itos'][meta['stoi'][c]] for c in 'ab é') == 'ab é' and meta['vocab_size'] == 6
+    )
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, GPT2Tokenizer(bpe_file), {})
     assert sorted(contents(tmp_path)) == ['gpt2.tiktoken', 'meta.json', 'train.bin', 'val.bin']
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
@@ -302,7 +335,9 @@ def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
     monkeypatch.setattr('data.prepare.cores', lambda: 3)
     documents = [[i] * (i % 7) for i in range(1000)]  # among them empty ones
     write_dataset(tmp_path, {'train': documents, 'val': [[1, 1]]}, Ids(1000), {})
-    assert TokenData(tmp_path, None, 1000).splits['train'].tolist() == [i for ids in documents for i in ids]
+    assert TokenData(tmp_path, None, 1000).splits['train'].tolist() == [
+        i for ids in documents for i in ids
+    ]
 
 
 @pytest.mark.parametrize('moment', [1, 8, 20, 33])
@@ -352,7 +387,9 @@ def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monke
             return super().__getitem__(part)
 
     broken = {'train': Broken([[1]] * 100), 'val': [[1, 1]]}
-    assert 'row 64 has no text' in fails(write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a')
+    assert 'row 64 has no text' in fails(
+        write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a'
+    )
     write_dataset(tmp_path, {'train': [[2]] * 100, 'val': [[2, 2]]}, Ids(5), {}, fingerprint='b')
     assert set(TokenData(tmp_path, None, 5).splits['train'].tolist()) == {2}
     assert sorted(contents(tmp_path)) == FILES
@@ -387,7 +424,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, o
         write(tmp_path, [1] * 6, [2] * 6)
     calls = []
     child = os.fork()
-    if child == 0:  # dies, without any cleaning up, at the call number `moment` that changes the disk
+    if (
+        child == 0
+    ):  # dies, without any cleaning up, at the call number `moment` that changes the disk
 
         def dying(call):
             def wrapper(*args, **kwargs):
@@ -397,7 +436,11 @@ def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, o
             return wrapper
 
         try:
-            os.fsync, os.replace, Path.unlink = dying(os.fsync), dying(os.replace), dying(Path.unlink)
+            os.fsync, os.replace, Path.unlink = (
+                dying(os.fsync),
+                dying(os.replace),
+                dying(Path.unlink),
+            )
             write(tmp_path, [3] * 9, [4] * 9)
         finally:
             os._exit(0)
@@ -442,7 +485,9 @@ def test_a_data_set_that_is_not_prepared_names_the_command(fails, tmp_path, monk
     Path('data/bard/prepare.py').touch()
     assert 'run: python data/bard/prepare.py' in fails(TokenData, 'data/bard', 4)
     write(Path('data/own'), range(6))
-    assert 'there is no data set data/brad; those in data: bard, own' in fails(TokenData, 'data/brad', 4)
+    assert 'there is no data set data/brad; those in data: bard, own' in fails(
+        TokenData, 'data/brad', 4
+    )
     Path('data/bard/train.bin').write_bytes(b'\0' * 100)
     assert 'not prepared' in fails(TokenData, 'data/bard', 4)
 
@@ -478,8 +523,13 @@ def test_a_split_of_another_length_than_meta_says_is_named(numbered, fails):
 
 
 def test_ids_beyond_the_vocabulary_are_named_at_opening(numbered, fails):
-    assert 'train.bin has the token 999, the vocabulary ends at 998' in fails(TokenData, numbered, 16, vocab_size=999)
-    meta = json.loads((numbered / 'meta.json').read_text()) | {'vocab_size': 500, 'itos': ['a'] * 500}
+    assert 'train.bin has the token 999, the vocabulary ends at 998' in fails(
+        TokenData, numbered, 16, vocab_size=999
+    )
+    meta = json.loads((numbered / 'meta.json').read_text()) | {
+        'vocab_size': 500,
+        'itos': ['a'] * 500,
+    }
     (numbered / 'meta.json').write_text(json.dumps(meta))
     assert 'the vocabulary ends at 499' in fails(TokenData, numbered, 16)
 
@@ -489,7 +539,9 @@ def test_ids_beyond_the_vocabulary_are_named_when_they_are_first_read(numbered, 
     data = TokenData(numbered, 16, vocab_size=50)
     assert 'vocabulary ends at 49' in fails(data.batch, 'train', 1, 0, 100)
     assert 'vocabulary ends at 49' in fails(list, data.sequential('val', 4))
-    assert 'vocabulary ends at 49' in fails(next, prefetch(lambda i: data.batch('train', 1, i, 100), 0))
+    assert 'vocabulary ends at 49' in fails(
+        next, prefetch(lambda i: data.batch('train', 1, i, 100), 0)
+    )
     last_target = TokenData(numbered, 106, vocab_size=106)
     assert 'vocabulary ends at 105' in fails(list, last_target.sequential('val', 1))
 
@@ -505,11 +557,15 @@ def test_no_meta_json_means_gpt2_tokens_as_in_nanogpt(numbered):
 @pytest.mark.parametrize(
     'text',
     [
-        '', '{"tokenizer": "char"', '[]', '\xff', '{"tokenizer": "gpt2", "dtype": "uint16"}',
+        '',
+        '{"tokenizer": "char"',
+        '[]',
+        '\xff',
+        '{"tokenizer": "gpt2", "dtype": "uint16"}',
         '{"tokenizer": "gpt2", "dtype": "float32", "vocab_size": 5}',
         '{"tokenizer": "char", "dtype": "uint16", "vocab_size": 5, "itos": ["a"]}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_meta_json_is_named(numbered, fails, text):
     (numbered / 'meta.json').write_text(text, encoding='latin-1')
     assert 'meta.json does not describe' in fails(TokenData, numbered, 16)
@@ -519,27 +575,49 @@ def test_a_damaged_meta_json_is_named(numbered, fails, text):
 def test_the_meta_pkl_of_nanogpt_is_read(tmp_path):
     """As nanoGPT's data/shakespeare_char/prepare.py writes it, beside uint16 tokens."""
     chars = sorted(set('hello world'))
-    meta = {'vocab_size': 8, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    meta = {
+        'vocab_size': 8,
+        'itos': dict(enumerate(chars)),
+        'stoi': {c: i for i, c in enumerate(chars)},
+    }
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
     for split in ('train', 'val'):
-        np.array([meta['stoi'][c] for c in 'hello world'], dtype=np.uint16).tofile(tmp_path / f'{split}.bin')
+        np.array([meta['stoi'][c] for c in 'hello world'], dtype=np.uint16).tofile(
+            tmp_path / f'{split}.bin'
+        )
     data = TokenData(tmp_path, 4)
     assert data.vocab_size == 8 and tokenizer(data.meta).decode(data.splits['val']) == 'hello world'
 
 
-@pytest.mark.parametrize('meta', [
-    'calls', 'class', 'cut', 'text', [], {'vocab_size': 2}, {'vocab_size': 1, 'itos': {0: 'ab'}},
-    {'vocab_size': 3, 'itos': {0: 'a', 1: 'b'}}, {'vocab_size': 1, 'itos': {5: 'a'}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'meta',
+    [
+        'calls',
+        'class',
+        'cut',
+        'text',
+        [],
+        {'vocab_size': 2},
+        {'vocab_size': 1, 'itos': {0: 'ab'}},
+        {'vocab_size': 3, 'itos': {0: 'a', 1: 'b'}},
+        {'vocab_size': 1, 'itos': {5: 'a'}},
+    ],
+)
 def test_a_meta_pkl_is_read_without_executing_it_and_named_where_it_is_none(tmp_path, fails, meta):
     class Calls:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
 
     sound = {'vocab_size': 1, 'itos': {0: 'a'}}
-    pickled = {'calls': pickle.dumps({**sound, 'stoi': Calls()}), 'class': pickle.dumps({**sound, 'x': Path('x')}),
-               'cut': pickle.dumps(sound)[:-3], 'text': b'hello'}  # fmt: skip
-    (tmp_path / 'meta.pkl').write_bytes(pickled[meta] if isinstance(meta, str) else pickle.dumps(meta))
+    pickled = {
+        'calls': pickle.dumps({**sound, 'stoi': Calls()}),
+        'class': pickle.dumps({**sound, 'x': Path('x')}),
+        'cut': pickle.dumps(sound)[:-3],
+        'text': b'hello',
+    }
+    (tmp_path / 'meta.pkl').write_bytes(
+        pickled[meta] if isinstance(meta, str) else pickle.dumps(meta)
+    )
     assert 'meta.pkl does not describe' in fails(read_meta, tmp_path)
     assert not (tmp_path / 'executed').exists()
 
@@ -551,8 +629,20 @@ def test_a_meta_pkl_is_read_without_executing_it_and_named_where_it_is_none(tmp_
 def checkout(tmp_path_factory):
     """A copy of the scripts to run, so that the data sets of this checkout stay as they are."""
     root = tmp_path_factory.mktemp('checkout')
-    names = ('pystdlib_char', 'shakespeare_char', 'shakespeare_scarce', 'shakespeare', 'text', 'openwebtext')
-    for path in ('runtime.py', 'data/prepare.py', 'data/tokens.py', *(f'data/{name}/prepare.py' for name in names)):
+    names = (
+        'pystdlib_char',
+        'shakespeare_char',
+        'shakespeare_scarce',
+        'shakespeare',
+        'text',
+        'openwebtext',
+    )
+    for path in (
+        'runtime.py',
+        'data/prepare.py',
+        'data/tokens.py',
+        *(f'data/{name}/prepare.py' for name in names),
+    ):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, root / path)
     return root
@@ -573,8 +663,16 @@ def run_script(checkout, monkeypatch):
 
 def run_process(checkout, name, *args):
     """Runs a prepare script of the checkout as a user does, from another folder and with every download refused."""
-    refused = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': ''}
-    env = os.environ | refused | {'TIKTOKEN_CACHE_DIR': str(checkout / 'cache'), 'PYTHONHASHSEED': '1'}
+    refused = {
+        'http_proxy': 'http://127.0.0.1:9',
+        'https_proxy': 'http://127.0.0.1:9',
+        'no_proxy': '',
+    }
+    env = (
+        os.environ
+        | refused
+        | {'TIKTOKEN_CACHE_DIR': str(checkout / 'cache'), 'PYTHONHASHSEED': '1'}
+    )
     command = [sys.executable, f'{checkout.name}/data/{name}/prepare.py', *args]
     return subprocess.run(command, cwd=checkout.parent, env=env, capture_output=True, text=True)
 
@@ -609,7 +707,14 @@ def test_pystdlib_char_puts_a_file_on_one_side_by_its_path_alone(tmp_path):
 
 
 def test_pystdlib_char_leaves_out_tests_packages_and_what_is_not_printable_ascii(tmp_path):
-    for name in ('test', 'json/tests', 'idlelib/idle_test', 'site-packages/x', '__pycache__', 'json'):
+    for name in (
+        'test',
+        'json/tests',
+        'idlelib/idle_test',
+        'site-packages/x',
+        '__pycache__',
+        'json',
+    ):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / 'a.py').write_text('x = 1\n')
     (tmp_path / 'latin.py').write_bytes(b'# -*- coding: latin-1 -*-\n# \xe9\n')
@@ -634,7 +739,9 @@ def test_shakespeare_char_splits_a_local_copy_90_to_10(checkout, run_script, tmp
     data = TokenData(checkout / 'data/shakespeare_char', 8)
     train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
     assert train + val == TO_BE and len(train) == len(TO_BE) * 9 // 10
-    assert data.meta['itos'] == sorted(set(TO_BE)) and data.meta['source']['text'] == str(tmp_path / 'input.txt')
+    assert data.meta['itos'] == sorted(set(TO_BE)) and data.meta['source']['text'] == str(
+        tmp_path / 'input.txt'
+    )
 
 
 def test_shakespeare_scarce_is_part_of_shakespeare_char(checkout, run_script, tmp_path):
@@ -644,22 +751,29 @@ def test_shakespeare_scarce_is_part_of_shakespeare_char(checkout, run_script, tm
     for name in ('shakespeare_scarce', 'shakespeare_char'):
         run_script(name, '--input', tmp_path / 'input.txt')
         data = TokenData(checkout / 'data' / name, 8)
-        decoded[name] = [tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val')]
-    assert decoded['shakespeare_scarce'] == [part[:n] for part, n in
-                                             zip(decoded['shakespeare_char'], (25000, 20000), strict=True)]  # fmt: skip
+        decoded[name] = [
+            tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val')
+        ]
+    assert decoded['shakespeare_scarce'] == [
+        part[:n] for part, n in zip(decoded['shakespeare_char'], (25000, 20000), strict=True)
+    ]
 
 
 def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkeypatch, bpe_file):
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(TO_BE.encode()))
     run_script('shakespeare', '--bpe_file', bpe_file)
     data = TokenData(checkout / 'data/shakespeare', 8)
-    train, val = (tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val'))
+    train, val = (
+        tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val')
+    )
     assert train + val == TO_BE and data.meta['vocab_size'] == 50257
 
 
 @pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
 @pytest.mark.parametrize('error', [URLError('no network'), http.client.IncompleteRead(b'To be')])
-def test_shakespeare_without_a_network_names_input(checkout, run_script, fails, monkeypatch, name, error):
+def test_shakespeare_without_a_network_names_input(
+    checkout, run_script, fails, monkeypatch, name, error
+):
     def urlopen(url, timeout):
         raise error
 
@@ -686,6 +800,8 @@ def test_an_unreadable_input_is_named(tmp_path, fails):
     assert 'Is a directory' in fails(read_text, tmp_path)
 
 
-@pytest.mark.parametrize('name', ['pystdlib_char', 'shakespeare_char', 'shakespeare', 'text', 'openwebtext'])
+@pytest.mark.parametrize(
+    'name', ['pystdlib_char', 'shakespeare_char', 'shakespeare', 'text', 'openwebtext']
+)
 def test_a_wrong_argument_is_named(run_script, fails, name):
     assert '--inptu' in fails(run_script, name, '--inptu', 'x')

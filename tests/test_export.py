@@ -22,13 +22,25 @@ def gpt2_set(tmp_path, bpe_file):
 
 def save(out_dir, dataset, **model_args):
     torch.manual_seed(0)
-    model_args = dict(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16, bias=False) | model_args
+    model_args = (
+        dict(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=16, bias=False)
+        | model_args
+    )
     model = GPT(GPTConfig(**model_args))
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)  # biases and norms, too
     out_dir.mkdir()
-    checkpoint.save(out_dir / 'ckpt.pt', {'model': model.state_dict(), 'optimizer': {}, 'model_args': model_args,
-                                          'iter_num': 0, 'best_val_loss': 1e9, 'config': {'dataset': str(dataset)}})
+    checkpoint.save(
+        out_dir / 'ckpt.pt',
+        {
+            'model': model.state_dict(),
+            'optimizer': {},
+            'model_args': model_args,
+            'iter_num': 0,
+            'best_val_loss': 1e9,
+            'config': {'dataset': str(dataset)},
+        },
+    )
     return model.eval()
 
 
@@ -37,8 +49,12 @@ def logits(model, x):
         return model(x, x)[0]  # with targets, for all positions
 
 
-@pytest.mark.parametrize('model_args', [{}, {'bias': True}, {'bias': True, 'gelu_approximate': 'tanh', 'dropout': 0.1}])
-def test_transformers_computes_the_same_logits_and_the_way_back_too(script, tmp_path, gpt2_set, model_args):
+@pytest.mark.parametrize(
+    'model_args', [{}, {'bias': True}, {'bias': True, 'gelu_approximate': 'tanh', 'dropout': 0.1}]
+)
+def test_transformers_computes_the_same_logits_and_the_way_back_too(
+    script, tmp_path, gpt2_set, model_args
+):
     model = save(tmp_path / 'out', gpt2_set, **model_args)
     outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
     assert outcome.status == 0, outcome.err
@@ -63,7 +79,9 @@ def test_its_tokenizer_and_pipeline_speak_gpt2(script, tmp_path, gpt2_set, bpe_f
     generate = transformers.pipeline('text-generation', str(tmp_path / 'hf'))
     text = generate('It is', max_new_tokens=8, do_sample=False)[0]['generated_text']
     assert text.startswith('It is') and len(text) > 5
-    assert generate('It is')[0]['generated_text'].startswith('It is'), 'no more than the model has positions for'
+    assert generate('It is')[0]['generated_text'].startswith('It is'), (
+        'no more than the model has positions for'
+    )
 
 
 def test_a_character_model_keeps_its_characters(script, tmp_path):
@@ -79,9 +97,19 @@ def test_an_exported_folder_is_trained_on_and_sampled(script, tmp_path, gpt2_set
     save(tmp_path / 'out', gpt2_set, bias=True)
     script('export.py', tmp_path / 'out', tmp_path / 'hf')
     out = f'--out_dir={tmp_path / "on"}'
-    command = ['train.py', f'--init_from={tmp_path / "hf"}', f'--dataset={gpt2_set}', out, '--max_iters=1',
-               '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1',
-               '--eval_iters=1', '--compile=False', '--device=cpu']  # fmt: skip
+    command = [
+        'train.py',
+        f'--init_from={tmp_path / "hf"}',
+        f'--dataset={gpt2_set}',
+        out,
+        '--max_iters=1',
+        '--block_size=16',
+        '--batch_size=2',
+        '--gradient_accumulation_steps=1',
+        '--eval_iters=1',
+        '--compile=False',
+        '--device=cpu',
+    ]
     outcome = script(*command, '--n_layer=12')
     assert outcome.status == 2 and f'n_layer=12 but {tmp_path / "hf"} has n_layer=' in outcome.err
     outcome = script(*command)
@@ -104,11 +132,22 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_se
         (('export.py', tmp_path / 'nowhere', tmp_path / 'hf'), 'no checkpoint'),
         (('export.py', tmp_path / 'out', tmp_path / 'there'), 'is there already'),
         (('export.py', tmp_path / 'out', tmp_path / 'taken'), 'taken.tmp is there already'),
-        (('train.py', f'--init_from={tmp_path / "llama"}', f'--dataset={gpt2_set}', f'--out_dir={tmp_path / "hf"}'),
-         "is no GPT-2: its config.json says model_type='llama'"),
-    ):  # fmt: skip
+        (
+            (
+                'train.py',
+                f'--init_from={tmp_path / "llama"}',
+                f'--dataset={gpt2_set}',
+                f'--out_dir={tmp_path / "hf"}',
+            ),
+            "is no GPT-2: its config.json says model_type='llama'",
+        ),
+    ):
         outcome = script(*arguments)
-        assert outcome.status == 2 and outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
+        assert (
+            outcome.status == 2
+            and outcome.err.startswith('error: ')
+            and outcome.err.count('\n') == 1
+        )
         assert says in outcome.err and not (tmp_path / 'hf').exists()
     assert (tmp_path / 'taken.tmp').exists()
 
@@ -117,7 +156,11 @@ def test_without_transformers_the_command_is_named(script, tmp_path, gpt2_set, m
     save(tmp_path / 'out', gpt2_set)
     monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
     outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
-    assert outcome.status == 2 and 'pip install transformers' in outcome.err and not (tmp_path / 'hf').exists()
+    assert (
+        outcome.status == 2
+        and 'pip install transformers' in outcome.err
+        and not (tmp_path / 'hf').exists()
+    )
 
 
 def test_tokenizer_named_in_meta_is_enough_to_decode(gpt2_set, bpe_file):

@@ -20,10 +20,23 @@ def run(tmp_path):
 
     def run(script, *arguments):
         with Hub(tmp_path / 'hub') as hub:
-            env = {**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_OFFLINE': '0',
-                   'HF_UPDATE_DOWNLOAD_COUNTS': '0', 'NO_PROXY': '127.0.0.1'}  # fmt: skip
-            command = [sys.executable, str(ROOT / 'tests' / 'hub.py'), str(ROOT / script), *map(str, arguments)]
-            return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120), hub
+            env = {
+                **os.environ,
+                'HF_ENDPOINT': hub.endpoint,
+                'HF_HOME': str(tmp_path / 'home'),
+                'HF_HUB_OFFLINE': '0',
+                'HF_UPDATE_DOWNLOAD_COUNTS': '0',
+                'NO_PROXY': '127.0.0.1',
+            }
+            command = [
+                sys.executable,
+                str(ROOT / 'tests' / 'hub.py'),
+                str(ROOT / script),
+                *map(str, arguments),
+            ]
+            return subprocess.run(
+                command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+            ), hub
 
     return run
 
@@ -32,14 +45,25 @@ def run(tmp_path):
 def corpora(tmp_path):
     """The folder of two data sets on the hub, one whose texts are in two files, one of two configurations."""
     folder = tmp_path / 'hub' / 'datasets'
-    for path, texts in (('Skylion007/openwebtext/plain_text/train-00000-of-00002', TEXTS[:40]),
-                        ('Skylion007/openwebtext/plain_text/train-00001-of-00002', TEXTS[40:]),
-                        ('other/texts/small/part', TEXTS[::2]), ('other/texts/large/part', TEXTS)):  # fmt: skip
+    for path, texts in (
+        ('Skylion007/openwebtext/plain_text/train-00000-of-00002', TEXTS[:40]),
+        ('Skylion007/openwebtext/plain_text/train-00001-of-00002', TEXTS[40:]),
+        ('other/texts/small/part', TEXTS[::2]),
+        ('other/texts/large/part', TEXTS),
+    ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table({'body' if 'other' in path else 'text': texts}),
-                                    folder / f'{path}.parquet')  # fmt: skip
-    for name, configs in ('Skylion007/openwebtext', ['plain_text']), ('other/texts', ['small', 'large']):
-        card = [f'- config_name: {c}\n  data_files: [{{split: train, path: {c}/*.parquet}}]\n' for c in configs]
+        pyarrow.parquet.write_table(
+            pyarrow.table({'body' if 'other' in path else 'text': texts}),
+            folder / f'{path}.parquet',
+        )
+    for name, configs in (
+        ('Skylion007/openwebtext', ['plain_text']),
+        ('other/texts', ['small', 'large']),
+    ):
+        card = [
+            f'- config_name: {c}\n  data_files: [{{split: train, path: {c}/*.parquet}}]\n'
+            for c in configs
+        ]
         (folder / name / 'README.md').write_text('---\nconfigs:\n' + ''.join(card) + '---\n')
     return folder
 
@@ -49,19 +73,33 @@ def prepare(run, bpe_file):
     return lambda *arguments: run('data/openwebtext/prepare.py', '--bpe_file', bpe_file, *arguments)
 
 
-@pytest.mark.parametrize('arguments, files, column', [
-    ([], 'Skylion007/openwebtext/plain_text', 'text'),
-    (['--dataset=other/texts', '--config=small', '--text_column=body'], 'other/texts/small', 'body'),
-])  # fmt: skip
-def test_a_data_set_by_its_name_is_what_its_files_are(prepare, corpora, tmp_path, arguments, files, column):
+@pytest.mark.parametrize(
+    'arguments, files, column',
+    [
+        ([], 'Skylion007/openwebtext/plain_text', 'text'),
+        (
+            ['--dataset=other/texts', '--config=small', '--text_column=body'],
+            'other/texts/small',
+            'body',
+        ),
+    ],
+)
+def test_a_data_set_by_its_name_is_what_its_files_are(
+    prepare, corpora, tmp_path, arguments, files, column
+):
     outcome, hub = prepare(*arguments, '--out_dir=by_name')
     assert (outcome.returncode, outcome.stderr) == (0, '')
     assert sorted(path for path in hub.served if path.endswith('.parquet')) == [
-        f'datasets/{files}/{path.name}' for path in sorted((corpora / files).iterdir())]  # fmt: skip
-    outcome, hub = prepare('--data_files', corpora / files / '*', f'--text_column={column}', '--out_dir=local')
+        f'datasets/{files}/{path.name}' for path in sorted((corpora / files).iterdir())
+    ]
+    outcome, hub = prepare(
+        '--data_files', corpora / files / '*', f'--text_column={column}', '--out_dir=local'
+    )
     assert (outcome.returncode, hub.served) == (0, [])
     for name in ('train.bin', 'val.bin'):
-        assert (tmp_path / 'by_name' / name).read_bytes() == (tmp_path / 'local' / name).read_bytes()
+        assert (tmp_path / 'by_name' / name).read_bytes() == (
+            tmp_path / 'local' / name
+        ).read_bytes()
 
 
 def test_what_the_hub_does_not_have_is_said_in_a_line(prepare, run, corpora, dataset, tmp_path):
@@ -76,17 +114,25 @@ def test_what_the_hub_does_not_have_is_said_in_a_line(prepare, run, corpora, dat
         assert outcome.stderr.startswith('error: ') and outcome.stderr.count('\n') == 1
         assert not list((tmp_path / 'out').glob('*'))
     outcome, _ = run('train.py', *TINY, f'--dataset={dataset}', '--init_from=gpt2')
-    assert outcome.returncode == 2 and outcome.stderr.startswith('error: ') and 'check the name' in outcome.stderr
+    assert (
+        outcome.returncode == 2
+        and outcome.stderr.startswith('error: ')
+        and 'check the name' in outcome.stderr
+    )
 
 
 def test_a_model_by_its_name_is_what_its_files_are(run, tmp_path, dataset):
     transformers = pytest.importorskip('transformers')
     vocab_size = len(json.loads((dataset / 'meta.json').read_text())['itos'])
     shape = dict(vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, n_positions=16)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / 'hub' / 'gpt2')
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(
+        tmp_path / 'hub' / 'gpt2'
+    )
     losses = []
     for source in ('gpt2', tmp_path / 'hub' / 'gpt2'):
-        outcome, hub = run('train.py', *TINY, f'--dataset={dataset}', f'--init_from={source}', '--eval_only=True')
+        outcome, hub = run(
+            'train.py', *TINY, f'--dataset={dataset}', f'--init_from={source}', '--eval_only=True'
+        )
         assert outcome.returncode == 0, outcome.stderr
         assert ('gpt2/model.safetensors' in hub.served) == (source == 'gpt2')
         losses.append([line for line in outcome.stdout.splitlines() if 'val loss' in line])

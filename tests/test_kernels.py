@@ -13,14 +13,27 @@ def tensors(dtype=torch.float32):
     return [torch.randn(shape).to(dtype) for shape in SHAPES]
 
 
-def run_adam(steps, params, grads, exp_avgs, exp_avg_sqs, coef, proceed=True, lr=1e-2, on_cpu=True, **options):
+def run_adam(
+    steps, params, grads, exp_avgs, exp_avg_sqs, coef, proceed=True, lr=1e-2, on_cpu=True, **options
+):
     """One pass. on_cpu=False: as on an accelerator. Returns R of what it wrote."""
     t = plain.Tensors(params, exp_avgs, exp_avg_sqs)
     t.on_cpu = on_cpu
     t.take(grads)
-    plain.adam_(t, steps, torch.linspace(0.0, 0.5, len(params)), lr=lr, beta1=0.9, beta2=0.95,
-                eps=1e-8, grad_coef=torch.tensor(coef), proceed=torch.tensor(proceed), order='before',
-                sums=len(params), **options)  # fmt: skip
+    plain.adam_(
+        t,
+        steps,
+        torch.linspace(0.0, 0.5, len(params)),
+        lr=lr,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        grad_coef=torch.tensor(coef),
+        proceed=torch.tensor(proceed),
+        order='before',
+        sums=len(params),
+        **options,
+    )
     return t.R(slice(0, len(params)))
 
 
@@ -38,15 +51,24 @@ def test_the_branch_for_accelerators_computes_what_the_cpus_does(dtype, coef, lr
     b = run_adam(steps, *theirs, coef, lr=lr, on_cpu=False)
     for xs, ys in zip(ours, theirs, strict=True):
         for x, y in zip(xs, ys, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                x, y, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6
+            )
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
-    assert all(torch.equal(x, y) for x, y in zip(theirs[1], grads, strict=True)), 'gradients are not to be written'
+    assert all(torch.equal(x, y) for x, y in zip(theirs[1], grads, strict=True)), (
+        'gradients are not to be written'
+    )
 
 
 @pytest.mark.parametrize('on_cpu', [True, False])
 def test_a_skipped_pass_changes_nothing(on_cpu):
     torch.manual_seed(0)
-    before = [tensors(), [torch.full(s, float('nan')) for s in SHAPES], tensors(), [x.square() for x in tensors()]]
+    before = [
+        tensors(),
+        [torch.full(s, float('nan')) for s in SHAPES],
+        tensors(),
+        [x.square() for x in tensors()],
+    ]
     after = [[x.clone() for x in xs] for xs in before]
     run_adam(torch.ones(len(SHAPES)), *after, 0.5, proceed=False, on_cpu=on_cpu)
     for i in (0, 2, 3):
@@ -57,8 +79,12 @@ def test_a_skipped_pass_changes_nothing(on_cpu):
 def test_a_correction_rounded_at_random_is_the_same_on_an_accelerator(reg_function):
     torch.manual_seed(0)
     start, results = tensors(torch.bfloat16), []
-    decay = torch.tensor([0.0 if i == 2 else 1e-3 * (x.numel() if reg_function == 'std' else 1)
-                          for i, x in enumerate(start)])  # fmt: skip
+    decay = torch.tensor(
+        [
+            0.0 if i == 2 else 1e-3 * (x.numel() if reg_function == 'std' else 1)
+            for i, x in enumerate(start)
+        ]
+    )
     for on_cpu in (True, False):
         t = plain.Tensors([x.clone() for x in start], tensors(), tensors(), reg_function)
         t.on_cpu = on_cpu
@@ -76,7 +102,9 @@ def test_moments_of_any_strides_and_precision_are_updated(size):
     odd_ones = [[theta.clone()], [grad.clone()], [exp_avg.t().clone().t()], [exp_avg_sq.bfloat16()]]
     for tensors_ in (plain_ones, odd_ones):
         run_adam(torch.ones(1), *tensors_, 0.5)
-    assert torch.equal(plain_ones[2][0], odd_ones[2][0]) and not torch.equal(odd_ones[2][0], exp_avg)
+    assert torch.equal(plain_ones[2][0], odd_ones[2][0]) and not torch.equal(
+        odd_ones[2][0], exp_avg
+    )
     torch.testing.assert_close(plain_ones[3][0], odd_ones[3][0].float(), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(plain_ones[0][0], odd_ones[0][0], rtol=1e-2, atol=1e-3)
 
@@ -89,7 +117,9 @@ def test_squares_are_those_of_what_was_written_to_the_last_bit(threads):
     for dtype in (torch.float32, torch.bfloat16):
         params = [torch.randn(n).to(dtype) for n in (1, 4096, piece, piece + 1, 3 * piece - 5)]
         moments = [[torch.rand(p.shape) for p in params] for _ in range(2)]
-        squares = run_adam(torch.ones(5), params, [torch.randn(p.shape) for p in params], *moments, 0.7)
+        squares = run_adam(
+            torch.ones(5), params, [torch.randn(p.shape) for p in params], *moments, 0.7
+        )
         assert torch.equal(squares, plain.regularizer(params, 'l2'))
         exact = torch.stack([p.double().square().sum() for p in params])
         torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
@@ -110,13 +140,25 @@ def test_pieces_kept_from_the_last_step_are_those_of_the_memory_it_is_now(monkey
             if step == 3:
                 exp_avg_sqs[2].data = exp_avg_sqs[2].t().contiguous().t()  # of other strides
             if step == 6:
-                exp_avgs[4].data = exp_avgs[4].view(129, 257).t()  # of other strides in the same memory
+                exp_avgs[4].data = (
+                    exp_avgs[4].view(129, 257).t()
+                )  # of other strides in the same memory
             torch.set_num_threads(2 if step == 4 else 1)
             t = plain.Tensors(params, exp_avgs, exp_avg_sqs) if anew else t
             t.take(tensors())
-            plain.adam_(t, torch.full((len(params),), float(step)), torch.zeros(len(params)), lr=1e-2, beta1=0.9,
-                        beta2=0.95, eps=1e-8, grad_coef=torch.tensor(0.5), proceed=torch.tensor(True), order='before',
-                        sums=3)  # fmt: skip
+            plain.adam_(
+                t,
+                torch.full((len(params),), float(step)),
+                torch.zeros(len(params)),
+                lr=1e-2,
+                beta1=0.9,
+                beta2=0.95,
+                eps=1e-8,
+                grad_coef=torch.tensor(0.5),
+                proceed=torch.tensor(True),
+                order='before',
+                sums=3,
+            )
         runs.append((*params, *exp_avgs, *exp_avg_sqs, t.squares))
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -130,13 +172,18 @@ def test_sums_over_many_elements_keep_their_digits():
     assert plain.sum_of_squares(gradients).item() == pytest.approx(exact, rel=1e-6)
 
 
-@pytest.mark.parametrize('make', [
-    lambda params, **kw: AdamW(params, weight_decay=0.1, **kw),
-    lambda params, **kw: AdamCPR(params, kappa_init_method='dependent', kappa_init_param=0.8, **kw),
-    lambda params, **kw: AdamCPR(params, reg_step_size=2, order='after', **kw),
-    lambda params, **kw: AdamWN(params, ratio=1.5, **kw),
-    lambda params, **kw: AdamWN(params, ratio=1.5, order='before', scope='global', **kw),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda params, **kw: AdamW(params, weight_decay=0.1, **kw),
+        lambda params, **kw: AdamCPR(
+            params, kappa_init_method='dependent', kappa_init_param=0.8, **kw
+        ),
+        lambda params, **kw: AdamCPR(params, reg_step_size=2, order='after', **kw),
+        lambda params, **kw: AdamWN(params, ratio=1.5, **kw),
+        lambda params, **kw: AdamWN(params, ratio=1.5, order='before', scope='global', **kw),
+    ],
+)
 def test_an_optimizer_that_decides_on_the_device_takes_the_same_steps(make, monkeypatch):
     """Steps with and without a finite gradient, with every decision left in tensors as on an accelerator."""
     runs = []

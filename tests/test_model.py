@@ -48,7 +48,9 @@ def nanogpt_shapes(c):
 @pytest.mark.parametrize('bias', [True, False])
 def test_state_dict_has_nanogpts_names_and_shapes_in_its_order(bias):
     model = tiny(bias=bias)
-    assert [(k, tuple(v.shape)) for k, v in model.state_dict().items()] == list(nanogpt_shapes(model.config).items())
+    assert [(k, tuple(v.shape)) for k, v in model.state_dict().items()] == list(
+        nanogpt_shapes(model.config).items()
+    )
 
 
 def test_gpt2_has_124_million_parameters():
@@ -72,7 +74,9 @@ def test_initial_weights_have_gpt2s_standard_deviations():
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(p.mean().item()) < 0.05 * expected, name
         else:
-            assert torch.equal(p, torch.ones_like(p) if name.endswith('weight') else torch.zeros_like(p)), name
+            assert torch.equal(
+                p, torch.ones_like(p) if name.endswith('weight') else torch.zeros_like(p)
+            ), name
 
 
 def test_first_loss_is_that_of_guessing():
@@ -85,7 +89,12 @@ def test_loss_is_the_mean_over_targets_that_count():
     targets[:, ::3] = -1
     logits, loss = model(idx, targets)
     assert logits.shape == (3, 16, TINY['vocab_size'])
-    losses = [F.cross_entropy(logits[b, t], targets[b, t]) for b in range(3) for t in range(16) if targets[b, t] >= 0]
+    losses = [
+        F.cross_entropy(logits[b, t], targets[b, t])
+        for b in range(3)
+        for t in range(16)
+        if targets[b, t] >= 0
+    ]
     assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
@@ -102,7 +111,9 @@ def test_a_token_changes_nothing_before_it():
     changed[:, 9] = (changed[:, 9] + 1) % TINY['vocab_size']
     before, after = model(idx, idx)[0], model(changed, idx)[0]
     torch.testing.assert_close(before[:, :9], after[:, :9])
-    assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 1e-6  # and something everywhere from there on
+    assert (before[:, 9:] - after[:, 9:]).abs().amax(
+        -1
+    ).min() > 1e-6  # and something everywhere from there on
 
 
 def test_dropout_acts_in_training_only():
@@ -164,14 +175,16 @@ def test_temperature_zero_takes_the_likeliest_token_past_the_block_size():
     model, idx = tiny(), tokens(2, 3)
     out = model.generate(idx, 20, temperature=0)
     for n in range(3, 23):
-        assert torch.equal(out[:, n], model(out[:, max(0, n - 16):n])[0][:, -1].argmax(-1))
+        assert torch.equal(out[:, n], model(out[:, max(0, n - 16) : n])[0][:, -1].argmax(-1))
     assert torch.equal(out, model.generate(idx, 20, top_k=1))
 
 
 def test_top_k_draws_all_of_the_k_likeliest_tokens_and_no_other():
     model, idx = tiny(), tokens(1, 5).expand(2000, 5)
     drawn = next(model.stream(idx, 1, temperature=2.0, top_k=4))
-    assert set(drawn.flatten().tolist()) == set(model(idx[:1])[0].flatten().topk(4).indices.tolist())
+    assert set(drawn.flatten().tolist()) == set(
+        model(idx[:1])[0].flatten().topk(4).indices.tolist()
+    )
 
 
 def test_temperature_divides_the_logits():
@@ -196,17 +209,20 @@ def test_generating_leaves_gradients_enabled_and_needs_none():
     assert not next(stream).requires_grad and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    (dict(n_embd=10, n_head=4), 'n_embd=10 is not divisible by n_head=4.*set n_embd=12'),
-    (dict(n_layer=0), 'n_layer=0 must be at least 1'),
-    (dict(n_head=-1), 'n_head=-1'),
-    (dict(n_embd=0), 'n_embd=0'),
-    (dict(vocab_size=0), 'vocab_size=0'),
-    (dict(block_size=0), 'block_size=0'),
-    (dict(dropout=-0.1), 'dropout=-0.1'),
-    (dict(dropout=1.0), 'dropout=1.0'),
-    (dict(gelu_approximate='erf'), "gelu_approximate='erf'"),
-])
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(n_embd=10, n_head=4), 'n_embd=10 is not divisible by n_head=4.*set n_embd=12'),
+        (dict(n_layer=0), 'n_layer=0 must be at least 1'),
+        (dict(n_head=-1), 'n_head=-1'),
+        (dict(n_embd=0), 'n_embd=0'),
+        (dict(vocab_size=0), 'vocab_size=0'),
+        (dict(block_size=0), 'block_size=0'),
+        (dict(dropout=-0.1), 'dropout=-0.1'),
+        (dict(dropout=1.0), 'dropout=1.0'),
+        (dict(gelu_approximate='erf'), "gelu_approximate='erf'"),
+    ],
+)
 def test_impossible_sizes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
@@ -220,11 +236,14 @@ def test_model_args_are_nanogpts_unless_the_gelu_is_not():
         assert GPTConfig(**config.model_args()) == config
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(temperature=-1.0), 'temperature=-1.0'),
-    (dict(temperature=math.nan), 'temperature=nan'),
-    (dict(top_k=0), 'top_k=0'),
-])
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(temperature=-1.0), 'temperature=-1.0'),
+        (dict(temperature=math.nan), 'temperature=nan'),
+        (dict(top_k=0), 'top_k=0'),
+    ],
+)
 def test_impossible_sampling_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny().generate(tokens(1, 3), 1, **arguments)
@@ -245,7 +264,9 @@ def hub(tmp_path):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=37, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     reference = transformers.GPT2LMHeadModel(config).eval()
-    for p in reference.parameters():  # far from the start, where a wrong GELU or LayerNorm would hide
+    for (
+        p
+    ) in reference.parameters():  # far from the start, where a wrong GELU or LayerNorm would hide
         p.data += 0.3 * torch.randn_like(p)
 
     def save(**arguments):
@@ -276,7 +297,10 @@ def test_pretrained_logits_are_those_of_transformers(hub, activation):
     reference = type(reference).from_pretrained(folder).eval()
     model = GPT.from_pretrained(str(folder))
     assert_same_logits(reference, model)
-    assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.dtype == torch.float32
+    assert (
+        model.lm_head.weight is model.transformer.wte.weight
+        and model.lm_head.weight.dtype == torch.float32
+    )
 
 
 def test_pretrained_weights_in_several_files(hub):
@@ -294,7 +318,11 @@ def test_pretrained_weights_in_pytorch_model_bin_without_prefix_and_with_masks(h
     reference, save = hub
     folder = save()
     (folder / 'model.safetensors').unlink()
-    state = {k.removeprefix('transformer.'): v for k, v in reference.state_dict().items() if k != 'lm_head.weight'}
+    state = {
+        k.removeprefix('transformer.'): v
+        for k, v in reference.state_dict().items()
+        if k != 'lm_head.weight'
+    }
     state['h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
     torch.save(state, folder / 'pytorch_model.bin')
     assert_same_logits(reference, GPT.from_pretrained(folder))
@@ -312,24 +340,32 @@ def test_only_dropout_can_be_overridden(hub):
     folder = hub[1]()
     assert GPT.from_pretrained(folder).config.dropout == 0.0
     model = GPT.from_pretrained(folder, {'dropout': 0.25})
-    assert model.config.dropout == model.transformer.h[1].mlp.dropout.p == model.transformer.h[0].attn.dropout == 0.25
+    assert (
+        model.config.dropout
+        == model.transformer.h[1].mlp.dropout.p
+        == model.transformer.h[0].attn.dropout
+        == 0.25
+    )
     with pytest.raises(ValueError, match='n_layer'):
         GPT.from_pretrained(folder, {'n_layer': 3})
 
 
-@pytest.mark.parametrize('changes', [
-    dict(model_type='llama'),
-    dict(activation_function='relu'),
-    dict(n_inner=100),
-    dict(layer_norm_epsilon=1e-6),
-    dict(scale_attn_weights=False),
-    dict(scale_attn_by_inverse_layer_idx=True),
-    dict(add_cross_attention=True),
-    dict(tie_word_embeddings=False),
-])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(model_type='llama'),
+        dict(activation_function='relu'),
+        dict(n_inner=100),
+        dict(layer_norm_epsilon=1e-6),
+        dict(scale_attn_weights=False),
+        dict(scale_attn_by_inverse_layer_idx=True),
+        dict(add_cross_attention=True),
+        dict(tie_word_embeddings=False),
+    ],
+)
 def test_models_with_other_parts_are_refused(tmp_path, changes):
     (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2', **changes}))
-    (name, value), = changes.items()
+    ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=f'config.json says {name}={value!r}'):
         GPT.from_pretrained(tmp_path)
 

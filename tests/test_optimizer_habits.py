@@ -16,14 +16,28 @@ from cpr import AdamCPR, AdamW, AdamWN
 # make the constraint overshoot, and rounding errors grow with every swing.
 VARIANTS = {
     'adamw': (AdamW, {'weight_decay': 0.3}),
-    'cpr-uniform': (AdamCPR, {'kappa_init_method': 'uniform', 'kappa_init_param': 20.0, 'kappa_update': 0.1}),
+    'cpr-uniform': (
+        AdamCPR,
+        {'kappa_init_method': 'uniform', 'kappa_init_param': 20.0, 'kappa_update': 0.1},
+    ),
     'cpr-dependent-after': (
         AdamCPR,
-        {'kappa_init_method': 'dependent', 'kappa_init_param': 1.02, 'order': 'after', 'kappa_update': 0.1},
+        {
+            'kappa_init_method': 'dependent',
+            'kappa_init_param': 1.02,
+            'order': 'after',
+            'kappa_update': 0.1,
+        },
     ),
-    'cpr-warm-start': (AdamCPR, {'kappa_init_method': 'warm_start', 'kappa_init_param': 4, 'reg_function': 'l1'}),
+    'cpr-warm-start': (
+        AdamCPR,
+        {'kappa_init_method': 'warm_start', 'kappa_init_param': 4, 'reg_function': 'l1'},
+    ),
     'cpr-inflection': (AdamCPR, {'reg_step_size': 2, 'reg_ema_decay': 0.5, 'kappa_update': 0.1}),
-    'cpr-inflection-after': (AdamCPR, {'reg_step_size': 2, 'order': 'after', 'reg_function': 'std'}),
+    'cpr-inflection-after': (
+        AdamCPR,
+        {'reg_step_size': 2, 'order': 'after', 'reg_function': 'std'},
+    ),
     'wn': (AdamWN, {'rate': 0.2, 'ratio': 1.3}),
     'wn-global-before': (AdamWN, {'rate': 0.2, 'ratio': 1.3, 'scope': 'global', 'order': 'before'}),
 }
@@ -41,7 +55,9 @@ def parameters(shapes=SHAPES, dtype=torch.float32):
 
 
 def gradient_steps(params, steps=40, seed=0):
-    return list(zip(*(gradients(p.detach(), seed + i, steps) for i, p in enumerate(params)), strict=True))
+    return list(
+        zip(*(gradients(p.detach(), seed + i, steps) for i, p in enumerate(params)), strict=True)
+    )
 
 
 def train(optimizer, params, grads):
@@ -58,7 +74,9 @@ def same_bits(a, b):
 
 def same_state(a, b):
     """Two optimizers remember the same, bit for bit (nan, an unset kappa, equals nan)."""
-    for x, y in zip(a.state_dict()['state'].values(), b.state_dict()['state'].values(), strict=True):
+    for x, y in zip(
+        a.state_dict()['state'].values(), b.state_dict()['state'].values(), strict=True
+    ):
         assert x.keys() == y.keys()
         for name in x:
             torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
@@ -79,11 +97,19 @@ def through_a_file(x):
 # -- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('moment, dtype', [
-    # before the first step, mid warm start, mid inflection, with the bound active
-    (0, torch.float32), (1, torch.float32), (3, torch.float32), (7, torch.float32), (20, torch.float32),
-    (3, torch.bfloat16), (20, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'moment, dtype',
+    [
+        # before the first step, mid warm start, mid inflection, with the bound active
+        (0, torch.float32),
+        (1, torch.float32),
+        (3, torch.float32),
+        (7, torch.float32),
+        (20, torch.float32),
+        (3, torch.bfloat16),
+        (20, torch.bfloat16),
+    ],
+)
 @every_variant
 def test_a_run_continued_from_a_saved_state_dict_is_the_run_never_stopped(variant, moment, dtype):
     params = parameters(dtype=dtype)
@@ -117,9 +143,19 @@ def test_half_precision_parameters_keep_float32_state(variant):
 def test_the_state_has_the_documented_names_and_nothing_that_grows():
     p = parameters([(5, 4)])
     for variant, own in {
-        'adamw': set(), 'wn': {'init_norm'}, 'cpr-uniform': {'kappa', 'kappa_set', 'lagmul'},
-        'cpr-inflection': {'kappa', 'kappa_set', 'lagmul', 'ema', 'ema_error', 'ema_last', 'ema_growth'},
-    }.items():  # fmt: skip
+        'adamw': set(),
+        'wn': {'init_norm'},
+        'cpr-uniform': {'kappa', 'kappa_set', 'lagmul'},
+        'cpr-inflection': {
+            'kappa',
+            'kappa_set',
+            'lagmul',
+            'ema',
+            'ema_error',
+            'ema_last',
+            'ema_growth',
+        },
+    }.items():
         optimizer = make(variant, p)
         train(optimizer, p, gradient_steps(p, 1))
         state = optimizer.state[p[0]]
@@ -251,7 +287,11 @@ def test_the_others_load_torch_adamws_state_and_torch_adamw_theirs(cls):
     model = Tiny()
     before = torch.optim.AdamW(nanogpt_groups(model), lr=0.01)
     run_model(model, before, range(3))
-    options = {'kappa_init_method': 'dependent', 'kappa_init_param': 0.9} if cls is AdamCPR else {'rate': 0.1}
+    options = (
+        {'kappa_init_method': 'dependent', 'kappa_init_param': 0.9}
+        if cls is AdamCPR
+        else {'rate': 0.1}
+    )
     ours = cls(model, **options)
     ours.load_state_dict(through_a_file(before.state_dict()))
     weight = model.fc.weight
@@ -273,7 +313,11 @@ def regularized(optimizer, module):
     names = {id(p): name for name, p in module.named_parameters()}
     out = set()
     for group in optimizer.param_groups:
-        flags = group['regularize'] if isinstance(group['regularize'], list) else [group['regularize']] * 99
+        flags = (
+            group['regularize']
+            if isinstance(group['regularize'], list)
+            else [group['regularize']] * 99
+        )
         out |= {names[id(p)] for p, flag in zip(group['params'], flags, strict=False) if flag}
     return out
 
@@ -292,14 +336,22 @@ def test_adamcpr_regularizes_a_modules_matrices_but_not_embeddings_tied_weights_
     model = Tiny()
     assert regularized(AdamCPR(model), model) == {'fc.weight', 'conv.weight'}
     assert regularized(AdamCPR(model, reg_embedding=True), model) == {
-        'wte.weight', 'wpe.weight', 'fc.weight', 'conv.weight'
-    }  # fmt: skip
+        'wte.weight',
+        'wpe.weight',
+        'fc.weight',
+        'conv.weight',
+    }
 
 
 @pytest.mark.parametrize('cls', [AdamW, AdamWN])
 def test_adamw_and_adamwn_regularize_every_tensor_of_two_or_more_dimensions(cls):
     model = Tiny()
-    assert regularized(cls(model), model) == {'wte.weight', 'wpe.weight', 'fc.weight', 'conv.weight'}
+    assert regularized(cls(model), model) == {
+        'wte.weight',
+        'wpe.weight',
+        'fc.weight',
+        'conv.weight',
+    }
 
 
 @pytest.mark.parametrize('cls', [AdamW, AdamCPR, AdamWN])
@@ -314,7 +366,9 @@ def test_a_frozen_weight_is_no_parameter_of_the_optimizer():
     model = Tiny()
     model.fc.weight.requires_grad_(False)
     optimizer = AdamCPR(model, kappa_init_method='dependent', kappa_init_param=0.5)
-    assert all(p is not model.fc.weight for group in optimizer.param_groups for p in group['params'])
+    assert all(
+        p is not model.fc.weight for group in optimizer.param_groups for p in group['params']
+    )
     before = model.fc.weight.clone()
     run_model(model, optimizer, range(3))
     assert torch.equal(before, model.fc.weight)
@@ -335,7 +389,9 @@ def test_plain_parameters_are_regularized_from_two_dimensions_on_unless_a_group_
     for said, flags in ((True, [1, 1, 1]), (False, [0, 0, 0]), ([False, True, True], [0, 1, 1])):
         grads = gradient_steps(params, 3)
         p = copies(params)
-        optimizer = AdamCPR([{'params': p, 'regularize': said}], kappa_init_method='dependent', kappa_init_param=0.9)
+        optimizer = AdamCPR(
+            [{'params': p, 'regularize': said}], kappa_init_method='dependent', kappa_init_param=0.9
+        )
         train(optimizer, p, grads)
         assert ['lagmul' in optimizer.state[q] for q in p] == [bool(f) for f in flags]
 
@@ -343,7 +399,10 @@ def test_plain_parameters_are_regularized_from_two_dimensions_on_unless_a_group_
 def test_groups_have_options_of_their_own():
     params = parameters([(4, 3), (5, 6)])
     grads = gradient_steps(params, 10)
-    options = [{'lr': 0.1, 'betas': (0.5, 0.9), 'weight_decay': 0.0}, {'lr': 0.01, 'eps': 1e-3, 'weight_decay': 2.0}]
+    options = [
+        {'lr': 0.1, 'betas': (0.5, 0.9), 'weight_decay': 0.0},
+        {'lr': 0.01, 'eps': 1e-3, 'weight_decay': 2.0},
+    ]
     alone = copies(params)
     for p, own, i in zip(alone, options, (0, 1), strict=True):
         train(AdamW([p], **own), [p], [step[i : i + 1] for step in grads])
@@ -401,13 +460,20 @@ def test_zero_grad_closure_and_hooks():
     assert p[0].grad is None and optimizer.step() is None
 
 
-@pytest.mark.parametrize('scheduler', [
-    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
-    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: (t + 1) / 20),
-    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
-    lambda o: torch.optim.lr_scheduler.SequentialLR(o, [
-        torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [7]),
-], ids=['cosine', 'lambda', 'one-cycle', 'sequential'])  # fmt: skip
+@pytest.mark.parametrize(
+    'scheduler',
+    [
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: (t + 1) / 20),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)],
+            [7],
+        ),
+    ],
+    ids=['cosine', 'lambda', 'one-cycle', 'sequential'],
+)
 @pytest.mark.parametrize('variant', ['adamw', 'cpr-dependent-after', 'wn'])
 def test_learning_rate_schedulers_drive_it(variant, scheduler):
     params = parameters()
@@ -454,7 +520,9 @@ def test_a_parameter_without_a_gradient_waits(variant):
         before = [p.detach().clone() for p in params]
         train(optimizer, params, [step])
         reference.step(step)
-        assert all(torch.equal(p, b) for p, b, g in zip(params, before, step, strict=True) if g is None)
+        assert all(
+            torch.equal(p, b) for p, b, g in zip(params, before, step, strict=True) if g is None
+        )
     for p, expected in zip(params, reference.params, strict=True):
         torch.testing.assert_close(p.detach().double(), expected, rtol=2e-5, atol=2e-5)
     assert optimizer.state[params[2]]['step'] == reference.tensors[2].t
@@ -490,7 +558,9 @@ def test_the_same_run_gives_the_same_bits_twice():
         runs = []
         for _ in range(2):
             params = parameters([*SHAPES, (257, 1031)])
-            runs.append(train(make(variant, params, max_grad_norm=3.0), params, gradient_steps(params, 8)))
+            runs.append(
+                train(make(variant, params, max_grad_norm=3.0), params, gradient_steps(params, 8))
+            )
         assert same_bits(*runs), variant
 
 
@@ -520,7 +590,10 @@ def test_max_grad_norm_is_clip_grad_norm_and_a_step(variant, max_grad_norm):
     params = parameters([*SHAPES, (257, 33)])
     grads = gradient_steps(params, 12)
     ours, clipped = copies(params), copies(params)
-    a, b = make(variant, ours, max_grad_norm=max_grad_norm), make(variant, clipped, max_grad_norm=None)
+    a, b = (
+        make(variant, ours, max_grad_norm=max_grad_norm),
+        make(variant, clipped, max_grad_norm=None),
+    )
     for step in grads:
         for p, q, g in zip(ours, clipped, step, strict=True):
             p.grad, q.grad = g.clone(), g.clone()
@@ -542,11 +615,17 @@ def test_grad_norm_is_measured_unless_told_not_to():
     train(b, unmeasured, grads)
     assert same_bits(measured, unmeasured) and b.grad_norm is None
     assert a.grad_norm.dim() == 0 and a.grad_norm.dtype == torch.float32
-    assert a.grad_norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in grads[-1])))
-    assert a.skipped_steps.dim() == 0 and a.skipped_steps.dtype == torch.int64 and a.skipped_steps == 0
+    assert a.grad_norm.item() == pytest.approx(
+        math.sqrt(sum(g.square().sum().item() for g in grads[-1]))
+    )
+    assert (
+        a.skipped_steps.dim() == 0 and a.skipped_steps.dtype == torch.int64 and a.skipped_steps == 0
+    )
 
 
-@pytest.mark.parametrize('bad, max_grad_norm', [(math.nan, 0.0), (math.nan, 1.0), (math.inf, 1.0), (-math.inf, 0.0)])
+@pytest.mark.parametrize(
+    'bad, max_grad_norm', [(math.nan, 0.0), (math.nan, 1.0), (math.inf, 1.0), (-math.inf, 0.0)]
+)
 @every_variant
 def test_a_gradient_that_is_not_finite_changes_nothing_and_counts(variant, max_grad_norm, bad):
     """The run is that of the good steps alone; the bad ones are the first, one mid warm start, two in a row."""
@@ -559,11 +638,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_counts(variant, max_g
     optimizer = make(variant, params, max_grad_norm=max_grad_norm)
     for t, step in enumerate(grads):
         for _ in range({0: 1, 3: 1, 12: 2}.get(t, 0)):
-            before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()['state'])
+            before, state = (
+                [p.detach().clone() for p in params],
+                copy.deepcopy(optimizer.state_dict()['state']),
+            )
             train(optimizer, params, [poisoned])
             assert same_bits(params, before) and not optimizer.grad_norm.isfinite()
             for i, s in state.items():
-                assert all(torch.equal(s[k], optimizer.state_dict()['state'][i][k]) or s[k].isnan() for k in s)
+                assert all(
+                    torch.equal(s[k], optimizer.state_dict()['state'][i][k]) or s[k].isnan()
+                    for k in s
+                )
         train(optimizer, params, [step])
     assert optimizer.skipped_steps == 4
     assert same_bits(params, good) and same_state(optimizer, reference)
@@ -572,7 +657,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_counts(variant, max_g
 @pytest.mark.parametrize('unscale_first', [False, True])
 @pytest.mark.parametrize('max_grad_norm', [None, 0.0, 4.0])
 @every_variant
-def test_a_grad_scaler_changes_nothing_but_the_steps_it_skips(variant, max_grad_norm, unscale_first):
+def test_a_grad_scaler_changes_nothing_but_the_steps_it_skips(
+    variant, max_grad_norm, unscale_first
+):
     params = parameters()
     plain = copies(params)
     grads = gradient_steps(params, 12)
@@ -622,12 +709,16 @@ def write_through_a_view(p, x):
     p.detach().view(-1)[:5].mul_(1.5)
 
 
-@pytest.mark.parametrize('write', [write_copy, write_data_copy, write_data, write_one_element, write_through_a_view])
+@pytest.mark.parametrize(
+    'write', [write_copy, write_data_copy, write_data, write_one_element, write_through_a_view]
+)
 @pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'adamw'])
 def test_weights_written_between_steps_are_noticed(variant, write):
     params = parameters()
     kind = 'adamwn' if variant.startswith('wn') else 'adamcpr'
-    reference = Reference(kind, params, **{'lr': 0.03, 'betas': (0.8, 0.95), **VARIANTS[variant][1]})
+    reference = Reference(
+        kind, params, **{'lr': 0.03, 'betas': (0.8, 0.95), **VARIANTS[variant][1]}
+    )
     optimizer = make(variant, params)
     for t, step in enumerate(gradient_steps(params, 20)):
         if t in (5, 14):
@@ -643,8 +734,13 @@ def test_weights_written_between_steps_are_noticed(variant, write):
 @every_variant
 def test_strides_do_not_matter(variant, dtype):
     base = weights((12, 10), 3, dtype)
-    strided = [nn.Parameter(base.t()[2:9]), nn.Parameter(base[::2, ::3].clone(memory_format=torch.preserve_format))]
-    strided.append(nn.Parameter(weights((2, 3, 4, 5), 1, dtype).to(memory_format=torch.channels_last)))
+    strided = [
+        nn.Parameter(base.t()[2:9]),
+        nn.Parameter(base[::2, ::3].clone(memory_format=torch.preserve_format)),
+    ]
+    strided.append(
+        nn.Parameter(weights((2, 3, 4, 5), 1, dtype).to(memory_format=torch.channels_last))
+    )
     strided.append(nn.Parameter(torch.as_strided(weights((60,), 2, dtype), (6, 5), (10, 2))))
     contiguous = [nn.Parameter(p.detach().contiguous().clone()) for p in strided]
     grads = gradient_steps(contiguous, 10)
@@ -667,7 +763,10 @@ def test_tensors_without_elements_scalars_and_single_elements_are_taken(variant)
     train(optimizer, params, gradient_steps(params, 16))
     assert all(p.isfinite().all() for p in params)
     assert same_bits([optimizer.state[p]['step'] for p in params], [torch.tensor(16.0)] * 6)
-    moved = [not torch.equal(p, weights(s, i)) for i, (p, s) in enumerate(zip(params, shapes, strict=True))]
+    moved = [
+        not torch.equal(p, weights(s, i))
+        for i, (p, s) in enumerate(zip(params, shapes, strict=True))
+    ]
     assert moved == [False, False, True, True, True, True]
 
 
@@ -676,8 +775,15 @@ def test_tensors_without_elements_scalars_and_single_elements_are_taken(variant)
 def test_adamcpr_takes_weights_that_are_all_equal(reg_function, order):
     for value in (0.0, 1.0):
         p = [nn.Parameter(torch.full((4, 3), value))]
-        options = {'reg_function': reg_function, 'order': order, 'kappa_init_method': 'uniform', 'betas': (0.8, 0.95),
-                   'kappa_init_param': 1e-3, 'kappa_update': 0.1, 'lr': 0.03}  # fmt: skip
+        options = {
+            'reg_function': reg_function,
+            'order': order,
+            'kappa_init_method': 'uniform',
+            'betas': (0.8, 0.95),
+            'kappa_init_param': 1e-3,
+            'kappa_update': 0.1,
+            'lr': 0.03,
+        }
         reference = Reference('adamcpr', p, **options)
         optimizer = AdamCPR(p, **options)
         for g in [torch.zeros(4, 3), *gradients(weights((4, 3)), steps=5)]:
@@ -686,7 +792,9 @@ def test_adamcpr_takes_weights_that_are_all_equal(reg_function, order):
             if reg_function == 'l1':  # weights sit on the kink, where a rounding decides
                 assert p[0].isfinite().all()
             else:
-                torch.testing.assert_close(p[0].detach().double(), reference.params[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(
+                    p[0].detach().double(), reference.params[0], rtol=1e-5, atol=1e-6
+                )
 
 
 @pytest.mark.parametrize('order', ['before', 'after'])
@@ -694,10 +802,19 @@ def test_adamcpr_takes_weights_that_are_all_equal(reg_function, order):
 @pytest.mark.parametrize('target', [{'ratio': 1.5}, {'norm': 2.0}], ids=['ratio', 'norm'])
 def test_adamwn_takes_weights_that_are_all_zero(order, scope, target):
     params = [nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(5, 5))]
-    options = {'order': order, 'scope': scope, 'rate': 0.5, 'lr': 0.03, 'betas': (0.8, 0.95), **target}
+    options = {
+        'order': order,
+        'scope': scope,
+        'rate': 0.5,
+        'lr': 0.03,
+        'betas': (0.8, 0.95),
+        **target,
+    }
     reference = Reference('adamwn', params, **options)
     optimizer = AdamWN(params, **options)
-    grads = list(zip(gradients(weights((4, 3)), steps=6), gradients(weights((5, 5)), steps=6), strict=True))
+    grads = list(
+        zip(gradients(weights((4, 3)), steps=6), gradients(weights((5, 5)), steps=6), strict=True)
+    )
     for step in [(torch.zeros(4, 3), torch.zeros(5, 5)), *grads]:
         train(optimizer, params, [step])
         reference.step(step)
@@ -708,27 +825,66 @@ def test_adamwn_takes_weights_that_are_all_zero(order, scope, target):
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('cls, wrong', [
-    *((c, w) for c in (AdamW, AdamCPR, AdamWN) for w in (
-        {'lr': -1.0}, {'lr': math.nan}, {'lr': torch.ones(2)}, {'betas': (1.0, 0.9)}, {'betas': (0.9, 1.0)},
-        {'betas': (-0.1, 0.9)}, {'eps': -1e-8}, {'max_grad_norm': -1.0}, {'max_grad_norm': math.nan}, {'impl': 'magic'},
-    )),
-    (AdamW, {'weight_decay': -0.1}),
-    *((AdamCPR, w) for w in (
-        {'kappa_init_method': 'bad'}, {'reg_function': 'l3'}, {'order': 'during'}, {'kappa_update': -1.0},
-        {'reg_step_size': 0}, {'reg_step_size': 2.5}, {'reg_ema_decay': 1.0}, {'reg_ema_decay': -0.1},
-        *({'kappa_init_method': m, 'kappa_init_param': x}
-          for m in ('uniform', 'dependent', 'warm_start') for x in (0, -1.0, math.nan)),
-        {'kappa_init_method': 'warm_start', 'kappa_init_param': 2.5},
-        {'kappa_init_method': 'warm_start', 'kappa_init_param': math.inf},
-        {'reg_step_size': math.inf},
-    )),
-    *((AdamWN, w) for w in (
-        {'rate': -0.1}, {'rate': 1.1}, {'ratio': -1.0}, {'ratio': math.nan}, {'norm': -1.0}, {'scope': 'all'},
-        {'order': 'during'}, {'ratio': [1.0, 2.0, -1.0]}, {'scope': 'global', 'ratio': [1.0, 1.0, 2.0]},
-        {'ratio': [1.0, 2.0]}, {'norm': [1.0, 2.0]},
-    )),
-], ids=lambda x: x.__name__ if isinstance(x, type) else str(x))  # fmt: skip
+@pytest.mark.parametrize(
+    'cls, wrong',
+    [
+        *(
+            (c, w)
+            for c in (AdamW, AdamCPR, AdamWN)
+            for w in (
+                {'lr': -1.0},
+                {'lr': math.nan},
+                {'lr': torch.ones(2)},
+                {'betas': (1.0, 0.9)},
+                {'betas': (0.9, 1.0)},
+                {'betas': (-0.1, 0.9)},
+                {'eps': -1e-8},
+                {'max_grad_norm': -1.0},
+                {'max_grad_norm': math.nan},
+                {'impl': 'magic'},
+            )
+        ),
+        (AdamW, {'weight_decay': -0.1}),
+        *(
+            (AdamCPR, w)
+            for w in (
+                {'kappa_init_method': 'bad'},
+                {'reg_function': 'l3'},
+                {'order': 'during'},
+                {'kappa_update': -1.0},
+                {'reg_step_size': 0},
+                {'reg_step_size': 2.5},
+                {'reg_ema_decay': 1.0},
+                {'reg_ema_decay': -0.1},
+                *(
+                    {'kappa_init_method': m, 'kappa_init_param': x}
+                    for m in ('uniform', 'dependent', 'warm_start')
+                    for x in (0, -1.0, math.nan)
+                ),
+                {'kappa_init_method': 'warm_start', 'kappa_init_param': 2.5},
+                {'kappa_init_method': 'warm_start', 'kappa_init_param': math.inf},
+                {'reg_step_size': math.inf},
+            )
+        ),
+        *(
+            (AdamWN, w)
+            for w in (
+                {'rate': -0.1},
+                {'rate': 1.1},
+                {'ratio': -1.0},
+                {'ratio': math.nan},
+                {'norm': -1.0},
+                {'scope': 'all'},
+                {'order': 'during'},
+                {'ratio': [1.0, 2.0, -1.0]},
+                {'scope': 'global', 'ratio': [1.0, 1.0, 2.0]},
+                {'ratio': [1.0, 2.0]},
+                {'norm': [1.0, 2.0]},
+            )
+        ),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else str(x),
+)
 def test_arguments_out_of_range_raise_value_error(cls, wrong):
     with pytest.raises(ValueError):
         cls(parameters(), **wrong)
@@ -748,8 +904,11 @@ def test_groups_that_make_no_sense_raise_value_error(cls):
         cls(frozen)
 
 
-@pytest.mark.parametrize('target', [{'ratio': [1.0, 2.0, 1.0]}, {'norm': torch.ones(3)}, {'norm': (1.0, 2.0, 1.0)}],
-                         ids=['ratio', 'norm', 'tuple'])  # fmt: skip
+@pytest.mark.parametrize(
+    'target',
+    [{'ratio': [1.0, 2.0, 1.0]}, {'norm': torch.ones(3)}, {'norm': (1.0, 2.0, 1.0)}],
+    ids=['ratio', 'norm', 'tuple'],
+)
 def test_one_joint_norm_has_one_target_whenever_it_is_set(target):
     params = parameters()
     with pytest.raises(ValueError, match='must be a single number, not 3'):
@@ -758,17 +917,24 @@ def test_one_joint_norm_has_one_target_whenever_it_is_set(target):
     with pytest.raises(ValueError, match='must be a single number, not 3'):
         optimizer.add_param_group({'params': [*params[1:], *parameters([(2, 2)])], **target})
     optimizer = stepped(AdamWN(params, scope='global'), params)
-    before, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()['state'])
+    before, state = (
+        [p.detach().clone() for p in params],
+        copy.deepcopy(optimizer.state_dict()['state']),
+    )
     optimizer.param_groups[0].update(target)
     with pytest.raises(ValueError, match='must be a single number, not 3'):
         optimizer.step()
     assert same_bits(before, params)
-    assert all(same_bits(s.values(), state[i].values()) for i, s in optimizer.state_dict()['state'].items())
+    assert all(
+        same_bits(s.values(), state[i].values()) for i, s in optimizer.state_dict()['state'].items()
+    )
     optimizer.param_groups[0].update(ratio=[1.5], norm=None)
     stepped(optimizer, params, seed=1)
 
 
-@pytest.mark.parametrize('wrong', [{'ratio': -1.0}, {'norm': [1.0, -2.0, 1.0]}, {'ratio': math.nan}])
+@pytest.mark.parametrize(
+    'wrong', [{'ratio': -1.0}, {'norm': [1.0, -2.0, 1.0]}, {'ratio': math.nan}]
+)
 def test_a_groups_own_target_is_not_negative_either(wrong):
     with pytest.raises(ValueError, match='must be >= 0'):
         AdamWN([{'params': parameters(), **wrong}])
@@ -791,7 +957,9 @@ def stepped(optimizer, params, steps=3, seed=0):
     return optimizer
 
 
-@pytest.mark.parametrize('saved, loads', [('dependent', 'inflection_point'), ('inflection_point', 'uniform')])
+@pytest.mark.parametrize(
+    'saved, loads', [('dependent', 'inflection_point'), ('inflection_point', 'uniform')]
+)
 def test_the_method_for_kappa_comes_with_the_state(saved, loads):
     params = parameters()
     first = stepped(AdamCPR(params, kappa_init_method=saved, kappa_init_param=0.5), params)
@@ -805,7 +973,10 @@ def test_the_method_for_kappa_comes_with_the_state(saved, loads):
 
 def test_groups_may_find_kappa_in_different_ways_but_not_in_unknown_ones():
     params = parameters()
-    groups = [{'params': params[:1], 'kappa_init_method': 'inflection_point'}, {'params': params[1:]}]
+    groups = [
+        {'params': params[:1], 'kappa_init_method': 'inflection_point'},
+        {'params': params[1:]},
+    ]
     stepped(AdamCPR(groups, kappa_init_method='uniform'), params)
     for name in ('kappa_init_method', 'reg_function'):
         with pytest.raises(ValueError, match=f"{name}='typo' must be one of"):
@@ -819,7 +990,9 @@ def test_entries_of_the_state_may_be_replaced():
     for optimizer in (ours, torchs):
         for state in optimizer.state.values():
             for name in state:
-                state[name] = state[name].clone() * 2  # what brings a state back from elsewhere replaces it, too
+                state[name] = (
+                    state[name].clone() * 2
+                )  # what brings a state back from elsewhere replaces it, too
     stepped(ours, params, seed=1)
     stepped(torchs, others, seed=1)
     for p, q in zip(params, others, strict=True):
@@ -836,8 +1009,12 @@ def test_the_default_dtype_changes_nothing(dtype):
         grads = gradient_steps(params, 5)
         try:
             torch.set_default_dtype(default)
-            for kind in (AdamW, lambda p, **k: AdamCPR(p, kappa_init_method='dependent', kappa_init_param=0.9, **k),
-                         AdamCPR, AdamWN):  # fmt: skip
+            for kind in (
+                AdamW,
+                lambda p, **k: AdamCPR(p, kappa_init_method='dependent', kappa_init_param=0.9, **k),
+                AdamCPR,
+                AdamWN,
+            ):
                 train(kind(params, max_grad_norm=1e-2), params, grads)
         finally:
             torch.set_default_dtype(torch.float32)

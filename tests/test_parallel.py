@@ -17,17 +17,40 @@ import checkpoint
 import folders
 import runlog
 
-SAME = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=50', '--lr_decay_iters=50', '--eval_interval=25',
-        '--eval_iters=5']  # fmt: skip
+SAME = [
+    *TINY,
+    '--gradient_accumulation_steps=4',
+    '--max_iters=50',
+    '--lr_decay_iters=50',
+    '--eval_interval=25',
+    '--eval_iters=5',
+]
 CPR = ['--optimizer=adamcpr', '--reg_step_size=5']
 
 
 def torchrun(count, out_dir, dataset, *arguments, launch=(), limit=180):
     """The torchrun process of a run on `count` processes, ended after `limit` seconds."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={count}', *launch,
-               'train.py', *SAME, f'--dataset={dataset}', f'--out_dir={out_dir}', *arguments]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, 'OMP_NUM_THREADS': '1'})  # fmt: skip
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={count}',
+        *launch,
+        'train.py',
+        *SAME,
+        f'--dataset={dataset}',
+        f'--out_dir={out_dir}',
+        *arguments,
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     process.watchdog = threading.Timer(limit, process.terminate)  # torchrun then ends the others
     process.watchdog.daemon = True
     process.watchdog.start()
@@ -46,15 +69,31 @@ def values(out_dir, kind, field):
 
 
 def workers(process):
-    return [int(pid) for pid in open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()]
+    return [
+        int(pid) for pid in open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    ]
 
 
 @pytest.fixture(scope='module')
 def alone(dataset, tmp_path_factory):
     """out_dir of the run that all others are compared with: AdamCPR in one process."""
     out = tmp_path_factory.mktemp('alone')
-    command = [sys.executable, 'train.py', *SAME, *CPR, f'--dataset={dataset}', f'--out_dir={out}', '--dropout=0.1']
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    command = [
+        sys.executable,
+        'train.py',
+        *SAME,
+        *CPR,
+        f'--dataset={dataset}',
+        f'--out_dir={out}',
+        '--dropout=0.1',
+    ]
+    subprocess.run(
+        command,
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+    )
     return out
 
 
@@ -63,20 +102,31 @@ def same_run(out_dir, other):
     losses = values(out_dir, 'train', 'loss')
     assert losses == pytest.approx(values(other, 'train', 'loss'), rel=1e-5) and len(losses) == 50
     for field in ('train_loss', 'val_loss'):
-        assert values(out_dir, 'eval', field) == pytest.approx(values(other, 'eval', field), rel=1e-5)
+        assert values(out_dir, 'eval', field) == pytest.approx(
+            values(other, 'eval', field), rel=1e-5
+        )
     ours, theirs = (values(out, 'norms', 'tensors') for out in (out_dir, other))
     assert ours.keys() == theirs.keys()
     for i in ours:
         for name, tensor in ours[i].items():
-            unset = {key for key, value in tensor.items() if value is None}  # kappa, until it is set
-            assert unset == {key for key, value in theirs[i][name].items() if value is None}, (i, name)
-            known, wanted = ({k: v for k, v in t.items() if k not in unset} for t in (tensor, theirs[i][name]))
+            unset = {
+                key for key, value in tensor.items() if value is None
+            }  # kappa, until it is set
+            assert unset == {key for key, value in theirs[i][name].items() if value is None}, (
+                i,
+                name,
+            )
+            known, wanted = (
+                {k: v for k, v in t.items() if k not in unset} for t in (tensor, theirs[i][name])
+            )
             assert known == pytest.approx(wanted, rel=1e-4, abs=1e-7), (i, name)
     kinds = [e['kind'] for e in runlog.read(str(out_dir))]
     assert [kinds.count(kind) for kind in ('train', 'eval', 'norms')] == [50, 3, 26]
 
 
-@pytest.mark.parametrize('engine, count', [('ddp', 4), ('zero', 2), ('fsdp --fsdp_shard_size=2', 4)])
+@pytest.mark.parametrize(
+    'engine, count', [('ddp', 4), ('zero', 2), ('fsdp --fsdp_shard_size=2', 4)]
+)
 def test_a_run_is_the_same_on_any_number_of_processes(alone, dataset, tmp_path, engine, count):
     arguments = [*CPR, '--dropout=0.1', *f'--parallel={engine}'.split()]
     status, out, err = finish(torchrun(count, tmp_path / 'out', dataset, *arguments))
@@ -86,17 +136,37 @@ def test_a_run_is_the_same_on_any_number_of_processes(alone, dataset, tmp_path, 
 
 
 def test_an_evaluation_gives_the_same_number_on_any_number_of_processes(alone, dataset, tmp_path):
-    command = [sys.executable, 'train.py', *SAME, *CPR, f'--dataset={dataset}', f'--out_dir={alone}',
-               '--init_from=resume', '--eval_only=True', '--eval_iters=0']  # fmt: skip
+    command = [
+        sys.executable,
+        'train.py',
+        *SAME,
+        *CPR,
+        f'--dataset={dataset}',
+        f'--out_dir={alone}',
+        '--init_from=resume',
+        '--eval_only=True',
+        '--eval_iters=0',
+    ]
     one = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
-    status, out, err = finish(torchrun(2, alone, dataset, *command[len(SAME) + 2:]))
+    status, out, err = finish(torchrun(2, alone, dataset, *command[len(SAME) + 2 :]))
     assert status == 0 and 'val loss' in one and out == one, err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
-def test_a_signal_to_torchrun_ends_the_run_with_a_checkpoint_that_it_goes_on_from(alone, dataset, tmp_path, number):
-    process = torchrun(2, tmp_path, dataset, *CPR, '--dropout=0.1', '--max_iters=100000',
-                       launch=['--signals-to-handle=SIGTERM,SIGUSR1'])  # fmt: skip
+@pytest.mark.parametrize(
+    'number', [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_torchrun_ends_the_run_with_a_checkpoint_that_it_goes_on_from(
+    alone, dataset, tmp_path, number
+):
+    process = torchrun(
+        2,
+        tmp_path,
+        dataset,
+        *CPR,
+        '--dropout=0.1',
+        '--max_iters=100000',
+        launch=['--signals-to-handle=SIGTERM,SIGUSR1'],
+    )
     for line in process.stdout:
         if line.startswith('iter 5:'):
             process.send_signal(number)
@@ -106,16 +176,30 @@ def test_a_signal_to_torchrun_ends_the_run_with_a_checkpoint_that_it_goes_on_fro
     saved = checkpoint.load(tmp_path / 'ckpt.pt')['iter_num']
     assert saved == max(values(tmp_path, 'train', 'loss')) + 1
     if saved < 50:
-        assert finish(torchrun(2, tmp_path, dataset, *CPR, '--dropout=0.1', '--init_from=auto'))[0] == 0
+        assert (
+            finish(torchrun(2, tmp_path, dataset, *CPR, '--dropout=0.1', '--init_from=auto'))[0]
+            == 0
+        )
         same_run(tmp_path, alone)
 
 
 @pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(dataset, tmp_path, kills):
-    length = [*CPR, '--dropout=0.1', f'--max_iters={60 + 12 * kills}', '--eval_interval=1000', '--eval_iters=1',
-              '--checkpoint_interval=5', '--init_from=auto']  # fmt: skip
+def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(
+    dataset, tmp_path, kills
+):
+    length = [
+        *CPR,
+        '--dropout=0.1',
+        f'--max_iters={60 + 12 * kills}',
+        '--eval_interval=1000',
+        '--eval_iters=1',
+        '--checkpoint_interval=5',
+        '--init_from=auto',
+    ]
     assert finish(torchrun(2, tmp_path / 'whole', dataset, *length))[0] == 0
-    process = torchrun(2, tmp_path / 'killed', dataset, *length, launch=[f'--max-restarts={kills}'], limit=600)
+    process = torchrun(
+        2, tmp_path / 'killed', dataset, *length, launch=[f'--max-restarts={kills}'], limit=600
+    )
     chance, killed, lost, last = random.Random(0), 0, [], -1
     wanted = chance.randrange(1, 12)
     for line in process.stdout:
@@ -131,7 +215,9 @@ def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(da
             killed, wanted = killed + 1, chance.randrange(6, 17)  # as many after the restart
     status, _, err = finish(process)
     assert (status, killed) == (0, kills), err
-    assert max(lost) <= 2 * 5, lost  # an interval, and the one whose checkpoint was just being written
+    assert max(lost) <= 2 * 5, (
+        lost
+    )  # an interval, and the one whose checkpoint was just being written
     for field in ('loss', 'grad_norm'):
         ours, theirs = (values(tmp_path / out, 'train', field) for out in ('killed', 'whole'))
         assert ours == theirs and len(ours) == 60 + 12 * kills
@@ -149,44 +235,90 @@ def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_pat
 
     process = torchrun(2, tmp_path, dataset, '--max_iters=100000', '--checkpoint_interval=10')
     for line in process.stdout:
-        if line.startswith('iter 15:'):  # the disk goes: the first rank cannot write its next checkpoint
+        if line.startswith(
+            'iter 15:'
+        ):  # the disk goes: the first rank cannot write its next checkpoint
             (tmp_path / 'ckpt.pt.tmp').mkdir()
     status, out, err = finish(process)
-    assert status != 0 and err.count('error: ') == 1 and 'could not write' in err and 'Traceback' not in err, err
+    assert (
+        status != 0
+        and err.count('error: ') == 1
+        and 'could not write' in err
+        and 'Traceback' not in err
+    ), err
 
 
 @pytest.mark.parametrize('impl', ['torch', 'triton'])
 def test_optimizers_on_spread_and_on_divided_tensors_do_what_they_do_on_whole_ones(impl):
     if impl == 'triton':
         pytest.importorskip('triton')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-               f'--nproc_per_node={4 if impl == "torch" else 2}', 'tests/sharded_worker.py']  # fmt: skip
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'IMPL': impl, 'TRITON_INTERPRET': str(int(impl == 'triton'))}
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={4 if impl == "torch" else 2}',
+        'tests/sharded_worker.py',
+    ]
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'IMPL': impl,
+        'TRITON_INTERPRET': str(int(impl == 'triton')),
+    }
+    outcome = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment
+    )
     assert outcome.returncode == 0, outcome.stderr
-    worst = {name: float(value) for name, value in (line.rsplit(': ', 1) for line in outcome.stdout.splitlines())}
+    worst = {
+        name: float(value)
+        for name, value in (line.rsplit(': ', 1) for line in outcome.stdout.splitlines())
+    }
     assert len(worst) == (34 if impl == 'torch' else 4)
     assert max(worst.values()) < 2e-4, worst
 
 
 @pytest.mark.slow
 def test_every_engine_trains_alike_and_resumes_what_every_other_has_saved():
-    outcome = subprocess.run([sys.executable, 'scripts/compare_parallel.py', '--worlds=1,2'], cwd=ROOT, text=True,
-                             capture_output=True, timeout=300)  # fmt: skip
+    outcome = subprocess.run(
+        [sys.executable, 'scripts/compare_parallel.py', '--worlds=1,2'],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_folders_written_in_parts_go_on_anywhere_and_become_one_file_and_back(alone, dataset, tmp_path, script):
+def test_folders_written_in_parts_go_on_anywhere_and_become_one_file_and_back(
+    alone, dataset, tmp_path, script
+):
     saved = tmp_path / 'saved'
     arguments = [*CPR, '--dropout=0.1']
-    status, _, err = finish(torchrun(2, saved, dataset, *arguments, '--parallel=fsdp', '--sharded_checkpoint=True',
-                                     '--max_iters=25', '--checkpoint_interval=10'))  # fmt: skip
+    status, _, err = finish(
+        torchrun(
+            2,
+            saved,
+            dataset,
+            *arguments,
+            '--parallel=fsdp',
+            '--sharded_checkpoint=True',
+            '--max_iters=25',
+            '--checkpoint_interval=10',
+        )
+    )
     assert status == 0, err
-    assert sorted(p.name for p in saved.glob('ckpt*')) == ['ckpt-000020', 'ckpt-000025']  # keep_checkpoints=2
+    assert sorted(p.name for p in saved.glob('ckpt*')) == [
+        'ckpt-000020',
+        'ckpt-000025',
+    ]  # keep_checkpoints=2
     for name in ('cut', 'file'):
         shutil.copytree(saved, tmp_path / name)
 
-    assert finish(torchrun(2, saved, dataset, *arguments, '--parallel=zero', '--init_from=auto'))[0] == 0
+    assert (
+        finish(torchrun(2, saved, dataset, *arguments, '--parallel=zero', '--init_from=auto'))[0]
+        == 0
+    )
     same_run(saved, alone)
 
     # the last one cut off in one of its parts, and one whose writing did not come to its end
@@ -196,15 +328,25 @@ def test_folders_written_in_parts_go_on_anywhere_and_become_one_file_and_back(al
     (tmp_path / 'cut' / 'ckpt-000030' / '.metadata').unlink()
     run = ['train.py', *SAME, *arguments, f'--dataset={dataset}', '--init_from=auto']
     outcome = script(*run, f'--out_dir={tmp_path / "cut"}')
-    assert outcome.status == 0 and 'ckpt-000025 is damaged' in outcome.out and 'at iteration 20' in outcome.out
+    assert (
+        outcome.status == 0
+        and 'ckpt-000025 is damaged' in outcome.out
+        and 'at iteration 20' in outcome.out
+    )
     same_run(tmp_path / 'cut', alone)
 
     unfinished = tmp_path / 'cut' / 'ckpt-000030'
-    for mistake in ((*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),
-                    ('folders.py', unfinished, tmp_path / 'new'),
-                    ('folders.py', tmp_path / 'cut' / 'ckpt-000020', tmp_path / 'no' / 'folder' / 'ckpt.pt')):
+    for mistake in (
+        (*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),
+        ('folders.py', unfinished, tmp_path / 'new'),
+        ('folders.py', tmp_path / 'cut' / 'ckpt-000020', tmp_path / 'no' / 'folder' / 'ckpt.pt'),
+    ):
         outcome = script(*mistake)
-        assert outcome.status == 2 and outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
+        assert (
+            outcome.status == 2
+            and outcome.err.startswith('error: ')
+            and outcome.err.count('\n') == 1
+        )
         assert not (tmp_path / 'new').exists()
     (tmp_path / 'cut' / 'ckpt-000020' / folders.RUN).write_bytes(b'')
     assert folders.damage(tmp_path / 'cut' / 'ckpt-000020').startswith(folders.RUN)

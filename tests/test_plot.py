@@ -43,7 +43,10 @@ def norms(growth=1.0, bounded=False, iters=range(0, 1001, 100)):
     entries = []
     for i in iters:
         ratio = 1 + growth * i / 1000
-        tensors = {name: {'norm': start * ratio, 'ratio': ratio} for name, start in [(WTE, 9), (C_FC, 5), (C_PROJ, 3)]}
+        tensors = {
+            name: {'norm': start * ratio, 'ratio': ratio}
+            for name, start in [(WTE, 9), (C_FC, 5), (C_PROJ, 3)]
+        }
         if bounded:
             for name, lagmul in [(C_FC, 1e-5), (C_PROJ, 2e-5)]:
                 kappa = tensors[name]['norm'] ** 2 if i >= 500 else None
@@ -61,7 +64,11 @@ def runs(tmp_path):
         entries = [config, *losses(final), *norms(growth, bounded=optimizer == 'adamcpr')]
         return write_log(tmp_path / name, entries)
 
-    return [write('one', 'adamw', 1.9, 1.5), write('two', 'adamcpr', 1.7, 1.0), write('three', 'adamwn', 1.8, 0.5)]
+    return [
+        write('one', 'adamw', 1.9, 1.5),
+        write('two', 'adamcpr', 1.7, 1.0),
+        write('three', 'adamwn', 1.8, 0.5),
+    ]
 
 
 def load(tmp_path, entries):
@@ -143,7 +150,10 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
 
 
 def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
-    folders = [tmp_path / f'a-long-name-of-{middle}-that-no-legend-has-room-for' for middle in ('one', 'two')]
+    folders = [
+        tmp_path / f'a-long-name-of-{middle}-that-no-legend-has-room-for'
+        for middle in ('one', 'two')
+    ]
     for folder in folders:
         write_log(folder, [{'kind': 'eval', 'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}])
     assert [run.name[:2] for run in plot.load_all(folders)] == ['1:', '2:']
@@ -158,7 +168,9 @@ def test_the_tensor_with_the_largest_lagmul_is_shown(runs):
 
 def test_without_a_bound_at_work_the_largest_tensor_that_is_no_embedding_is_shown(tmp_path, runs):
     assert plot.choose_tensor(plot.load_all(runs[:1])) == C_FC
-    assert plot.choose_tensor([load(tmp_path, losses() + norms(bounded=True, iters=[0, 100]))]) == C_FC
+    assert (
+        plot.choose_tensor([load(tmp_path, losses() + norms(bounded=True, iters=[0, 100]))]) == C_FC
+    )
 
 
 def test_a_tensor_is_chosen_by_its_name_or_a_unique_part(runs):
@@ -174,7 +186,12 @@ def test_one_run_is_drawn_into_its_own_folder(runs, capsys):
     paths = [os.path.join(runs[1], name) for name in ('loss.png', 'ratio.png', 'tensor.png')]
     assert capsys.readouterr().out.split() == paths
     assert shows(paths[0], plot.BLUE)
-    for colour in (plot.BLACK, plot.SKY, plot.VERMILLION, plot.ORANGE):  # all tensors, wte, c_fc, mlp.c_proj
+    for colour in (
+        plot.BLACK,
+        plot.SKY,
+        plot.VERMILLION,
+        plot.ORANGE,
+    ):  # all tensors, wte, c_fc, mlp.c_proj
         assert shows(paths[1], colour)
     assert shows(paths[2], plot.BLUE)
     assert sorted(os.listdir(runs[1])) == ['log.jsonl', 'loss.png', 'ratio.png', 'tensor.png']
@@ -218,7 +235,10 @@ def test_the_tensor_picture_has_squared_norm_bound_growth_lambda_and_loss(runs):
 
 
 def test_a_bound_on_something_else_than_the_squared_norm_is_not_drawn_with_it(tmp_path):
-    run = load(tmp_path, [{'kind': 'config', 'config': {'reg_function': 'l1'}}, *losses(), *norms(bounded=True)])
+    run = load(
+        tmp_path,
+        [{'kind': 'config', 'config': {'reg_function': 'l1'}}, *losses(), *norms(bounded=True)],
+    )
     assert len(plot.tensor_figure([run], C_FC).axes[0].lines) == 1
 
 
@@ -230,7 +250,12 @@ def test_a_run_has_the_same_colour_in_every_picture(tmp_path, runs):
 
 
 def test_a_loss_that_blows_up_does_not_flatten_the_others(tmp_path):
-    run = load(tmp_path, losses() + train_losses([(1010, 1e37)]) + [{'kind': 'eval', 'iter': 1100, 'val_loss': None}])
+    run = load(
+        tmp_path,
+        losses()
+        + train_losses([(1010, 1e37)])
+        + [{'kind': 'eval', 'iter': 1100, 'val_loss': None}],
+    )
     (ax,) = plot.loss_figure([run]).axes
     low, high = ax.get_ylim()
     assert 1.4 < low < 1.7 < 2.5 < high < 3.5
@@ -245,7 +270,11 @@ def test_a_run_that_logged_only_evaluations_is_drawn(tmp_path):
 
 def test_a_log_of_one_iteration_shows_points(tmp_path):
     run = load(tmp_path, losses(iters=range(1)) + norms(iters=range(1)))
-    for figure in (plot.loss_figure([run]), plot.ratio_figure([run]), plot.tensor_figure([run], C_FC)):
+    for figure in (
+        plot.loss_figure([run]),
+        plot.ratio_figure([run]),
+        plot.tensor_figure([run], C_FC),
+    ):
         points = [line for ax in figure.axes for line in ax.lines if finite_points(line)]
         assert points and all(line.get_marker() == 'o' for line in points)
     plot.main([str(tmp_path / 'run')])
@@ -264,14 +293,20 @@ def test_a_run_without_norms_is_noted_and_left_out(tmp_path, runs, capsys):
     assert sorted(os.listdir(tmp_path / 'both')) == ['loss.png', 'ratio.png', 'tensor.png']
 
 
-def test_watching_draws_as_soon_as_there_is_a_loss_and_again_when_the_log_has_grown(tmp_path, monkeypatch, capsys):
+def test_watching_draws_as_soon_as_there_is_a_loss_and_again_when_the_log_has_grown(
+    tmp_path, monkeypatch, capsys
+):
     """Each sleep is a moment in the run's life; nothing is drawn where nothing was written."""
     out = tmp_path / 'run'
     out.mkdir()
-    moments = iter([
-        lambda: write_log(out, norms()), lambda: write_log(out, norms() + losses()), lambda: None,
-        lambda: write_log(out, norms() + losses(iters=range(0, 2001, 10))),
-    ])  # fmt: skip
+    moments = iter(
+        [
+            lambda: write_log(out, norms()),
+            lambda: write_log(out, norms() + losses()),
+            lambda: None,
+            lambda: write_log(out, norms() + losses(iters=range(0, 2001, 10))),
+        ]
+    )
     drawn = []
 
     def sleep(_):
@@ -309,7 +344,9 @@ def test_a_folder_without_a_log_is_named(tmp_path, runs, capsys):
 
 
 def test_a_folder_that_is_not_there_is_not_watched(tmp_path, capsys):
-    assert f'there is no folder {tmp_path}/nowhere' in error_of(['--watch', str(tmp_path / 'nowhere')], capsys)
+    assert f'there is no folder {tmp_path}/nowhere' in error_of(
+        ['--watch', str(tmp_path / 'nowhere')], capsys
+    )
 
 
 def test_a_log_without_a_loss_is_named(tmp_path, capsys):
@@ -341,8 +378,14 @@ def test_a_place_that_cannot_be_written_is_named_and_left_alone(tmp_path, runs, 
 
 
 def plot_py(*argv):
-    headless = {name: value for name, value in os.environ.items() if name not in ('DISPLAY', 'WAYLAND_DISPLAY')}
-    return subprocess.run([sys.executable, 'plot.py', *argv], cwd=ROOT, env=headless, capture_output=True, text=True)
+    headless = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ('DISPLAY', 'WAYLAND_DISPLAY')
+    }
+    return subprocess.run(
+        [sys.executable, 'plot.py', *argv], cwd=ROOT, env=headless, capture_output=True, text=True
+    )
 
 
 def test_the_command_draws_without_a_display(runs):

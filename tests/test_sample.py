@@ -40,17 +40,30 @@ def fails(run):
         status, out, err = run(*arguments)
         assert status == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1
         return err
+
     return fails
 
 
 def save(path, dataset, **model_args):
     """A checkpoint of a tiny model that train.py could have written; returns the model."""
-    model_args = dict(block_size=8, vocab_size=len(ITOS), n_layer=1, n_head=2, n_embd=8, bias=False) | model_args
+    model_args = (
+        dict(block_size=8, vocab_size=len(ITOS), n_layer=1, n_head=2, n_embd=8, bias=False)
+        | model_args
+    )
     torch.manual_seed(0)
     model = GPT(GPTConfig(**model_args))
     model.lm_head.weight.data *= 20  # so that some tokens are likelier than others
-    checkpoint.save(path, {'model': model.state_dict(), 'optimizer': {}, 'model_args': model_args, 'iter_num': 0,
-                           'best_val_loss': 1e9, 'config': {'dataset': str(dataset)}})
+    checkpoint.save(
+        path,
+        {
+            'model': model.state_dict(),
+            'optimizer': {},
+            'model_args': model_args,
+            'iter_num': 0,
+            'best_val_loss': 1e9,
+            'config': {'dataset': str(dataset)},
+        },
+    )
     return model.eval()
 
 
@@ -59,8 +72,15 @@ def out_dir(tmp_path):
     """The out_dir of a character-level run whose data set lies in tmp_path/letters."""
     letters = tmp_path / 'letters'
     letters.mkdir()
-    meta = {'tokenizer': 'char', 'vocab_size': len(ITOS), 'dtype': 'uint16', 'itos': ITOS, 'train_tokens': 1,
-            'val_tokens': 1, 'source': {}}
+    meta = {
+        'tokenizer': 'char',
+        'vocab_size': len(ITOS),
+        'dtype': 'uint16',
+        'itos': ITOS,
+        'train_tokens': 1,
+        'val_tokens': 1,
+        'source': {},
+    }
     (letters / 'meta.json').write_text(json.dumps(meta))
     save(tmp_path / 'ckpt.pt', letters)
     return tmp_path
@@ -69,14 +89,20 @@ def out_dir(tmp_path):
 @pytest.fixture
 def bytes_for_gpt2(monkeypatch):
     """In place of GPT-2's encoding, which needs a download, one whose ids are bytes: characters are often cut."""
-    encoding = SimpleNamespace(encode=lambda text, allowed_special: list(text.encode()),
-                               decode=lambda ids: bytes(i % 256 for i in ids).decode('utf-8', errors='replace'))
-    monkeypatch.setattr(GPT2Tokenizer, '__init__', lambda self, bpe_file: setattr(self, 'encoding', encoding))
+    encoding = SimpleNamespace(
+        encode=lambda text, allowed_special: list(text.encode()),
+        decode=lambda ids: bytes(i % 256 for i in ids).decode('utf-8', errors='replace'),
+    )
+    monkeypatch.setattr(
+        GPT2Tokenizer, '__init__', lambda self, bpe_file: setattr(self, 'encoding', encoding)
+    )
     return encoding
 
 
 def test_samples_start_with_the_prompt_and_have_the_length_asked_for(run, out_dir):
-    status, out, err = run(f'--out_dir={out_dir}', '--start=abba', '--num_samples=3', '--max_new_tokens=20')
+    status, out, err = run(
+        f'--out_dir={out_dir}', '--start=abba', '--num_samples=3', '--max_new_tokens=20'
+    )
     assert (status, err) == (0, '')
     samples = out.split(SEPARATOR)
     assert [len(s) for s in samples] == [24, 24, 24, 0]
@@ -98,15 +124,25 @@ def test_a_checkpoint_by_its_path_is_the_one_in_its_out_dir(run, out_dir):
 
 def test_prompt_from_a_file(run, out_dir):
     (out_dir / 'prompt.txt').write_text('head\nbead')
-    status, out, _ = run(f'--out_dir={out_dir}', f'--start=FILE:{out_dir}/prompt.txt', '--num_samples=1',
-                         '--max_new_tokens=1')
+    status, out, _ = run(
+        f'--out_dir={out_dir}',
+        f'--start=FILE:{out_dir}/prompt.txt',
+        '--num_samples=1',
+        '--max_new_tokens=1',
+    )
     assert status == 0 and out.startswith('head\nbead') and len(out.removesuffix(SEPARATOR)) == 10
 
 
 def test_temperature_zero_gives_the_models_likeliest_text(run, out_dir):
     model = save(out_dir / 'ckpt.pt', out_dir / 'letters')
     ids = model.generate(torch.tensor([[ITOS.index('a')]]), 30, temperature=0)[0]
-    _, out, _ = run(f'--out_dir={out_dir}', '--start=a', '--temperature=0', '--num_samples=1', '--max_new_tokens=30')
+    _, out, _ = run(
+        f'--out_dir={out_dir}',
+        '--start=a',
+        '--temperature=0',
+        '--num_samples=1',
+        '--max_new_tokens=30',
+    )
     assert out == ''.join(ITOS[i] for i in ids) + SEPARATOR
 
 
@@ -118,8 +154,14 @@ def test_characters_cut_by_tokens_come_out_whole(run, bytes_for_gpt2, tmp_path):
     model.load_state_dict(checkpoint.load(tmp_path / 'ckpt.pt')['model'])
     ids = list('é'.encode())
     out = model.generate(torch.tensor([ids]), 200, top_k=200)[0].tolist()
-    status, text, err = run(f'--out_dir={tmp_path}', '--start=é', '--num_samples=1', '--max_new_tokens=200',
-                            '--temperature=1', '--seed=5')
+    status, text, err = run(
+        f'--out_dir={tmp_path}',
+        '--start=é',
+        '--num_samples=1',
+        '--max_new_tokens=200',
+        '--temperature=1',
+        '--seed=5',
+    )
     assert status == 0
     assert text == bytes_for_gpt2.decode([i for i in out if i < 50257]) + SEPARATOR
     assert '\ufffd' in text
@@ -127,7 +169,9 @@ def test_characters_cut_by_tokens_come_out_whole(run, bytes_for_gpt2, tmp_path):
 
 
 def test_pieces_are_held_back_only_while_a_character_is_not_whole(capsys, monkeypatch, out_dir):
-    monkeypatch.setattr(sys, 'argv', [str(SAMPLE), '--device=cpu', f'--out_dir={out_dir}', '--max_new_tokens=1'])
+    monkeypatch.setattr(
+        sys, 'argv', [str(SAMPLE), '--device=cpu', f'--out_dir={out_dir}', '--max_new_tokens=1']
+    )
     whole_characters = runpy.run_path(str(SAMPLE))['whole_characters']
     decode = lambda ids: bytes(ids).decode('utf-8', errors='replace')  # noqa: E731
     pieces = list(whole_characters('aé😀b'.encode(), decode))
@@ -136,35 +180,51 @@ def test_pieces_are_held_back_only_while_a_character_is_not_whole(capsys, monkey
 
 
 def test_text_is_written_as_it_is_made(out_dir):
-    command = [sys.executable, str(SAMPLE), '--device=cpu', f'--out_dir={out_dir}', '--max_new_tokens=1000000']
+    command = [
+        sys.executable,
+        str(SAMPLE),
+        '--device=cpu',
+        f'--out_dir={out_dir}',
+        '--max_new_tokens=1000000',
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert len(process.stdout.read(50)) == 50  # of a sample that takes many minutes
         process.kill()
 
 
 def test_a_mistake_ends_with_one_line_and_status_2(tmp_path):
-    done = subprocess.run([sys.executable, str(SAMPLE), '--device=cpu', '--out_dir=nowhere'], capture_output=True,
-                          text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(SAMPLE), '--device=cpu', '--out_dir=nowhere'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.startswith('error: there is no checkpoint at nowhere/ckpt.pt') and done.stderr.count('\n') == 1
+    assert (
+        done.stderr.startswith('error: there is no checkpoint at nowhere/ckpt.pt')
+        and done.stderr.count('\n') == 1
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(('argument', 'message'), [
-    ('--start=axe', "'x'"),
-    ('--start=', 'start is empty'),
-    ('--start=FILE:no/such.txt', 'no/such.txt'),
-    ('--start=FILE:{out_dir}/empty.txt', 'empty.txt is empty'),
-    ('--temperature=-0.5', 'temperature=-0.5'),
-    ('--top_k=0', 'top_k=0'),
-    ('--num_samples=0', 'num_samples=0'),
-    ('--max_new_tokens=0', 'max_new_tokens=0'),
-    ('--top_p=0.9', 'top_p'),
-    ('--init_from=no/such/ckpt.pt', 'no checkpoint at no/such/ckpt.pt'),
-    ('--init_from=./no/such/folder', 'neither a local folder nor a model that the hub gives'),
-    ('--init_from={out_dir}', 'no config.json'),
-    ('--init_from={out_dir}/empty.txt', 'empty.txt is not a readable checkpoint'),
-])
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('--start=axe', "'x'"),
+        ('--start=', 'start is empty'),
+        ('--start=FILE:no/such.txt', 'no/such.txt'),
+        ('--start=FILE:{out_dir}/empty.txt', 'empty.txt is empty'),
+        ('--temperature=-0.5', 'temperature=-0.5'),
+        ('--top_k=0', 'top_k=0'),
+        ('--num_samples=0', 'num_samples=0'),
+        ('--max_new_tokens=0', 'max_new_tokens=0'),
+        ('--top_p=0.9', 'top_p'),
+        ('--init_from=no/such/ckpt.pt', 'no checkpoint at no/such/ckpt.pt'),
+        ('--init_from=./no/such/folder', 'neither a local folder nor a model that the hub gives'),
+        ('--init_from={out_dir}', 'no config.json'),
+        ('--init_from={out_dir}/empty.txt', 'empty.txt is not a readable checkpoint'),
+    ],
+)
 def test_mistakes_are_named(fails, out_dir, argument, message):
     (out_dir / 'empty.txt').touch()
     assert message in fails(f'--out_dir={out_dir}', argument.format(out_dir=out_dir))
@@ -175,9 +235,14 @@ def test_a_model_of_another_shape_or_another_vocabulary_is_refused(fails, out_di
     save(path, out_dir / 'letters', vocab_size=11)
     assert 'the model has 11 tokens and its tokenizer 10; prepare' in fails(f'--out_dir={out_dir}')
     save(path, out_dir / 'unprepared')
-    assert 'the model has 10 tokens and its tokenizer 50257; prepare' in fails(f'--out_dir={out_dir}')
+    assert 'the model has 10 tokens and its tokenizer 50257; prepare' in fails(
+        f'--out_dir={out_dir}'
+    )
     saved = checkpoint.load(path)
-    for model_args in ({**saved['model_args'], 'n_layer': 2}, {**saved['model_args'], 'rotary': True}):
+    for model_args in (
+        {**saved['model_args'], 'n_layer': 2},
+        {**saved['model_args'], 'rotary': True},
+    ):
         checkpoint.save(path, {**saved, 'model_args': model_args})
         assert 'does not hold a model of this program' in fails(f'--out_dir={out_dir}')
 
@@ -186,7 +251,14 @@ def test_folder_of_transformers_is_sampled_with_gpt2s_tokens(run, bytes_for_gpt2
     sizes = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=50257)
     state = GPT(GPTConfig(block_size=16, **sizes)).state_dict()
     conv1d = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'
-    torch.save({k: v.t() if k.endswith(conv1d) else v for k, v in state.items()}, tmp_path / 'pytorch_model.bin')
-    (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'gpt2', 'n_positions': 16, **sizes}))
-    status, out, err = run(f'--init_from={tmp_path}', '--start=Hi', '--num_samples=2', '--max_new_tokens=5')
+    torch.save(
+        {k: v.t() if k.endswith(conv1d) else v for k, v in state.items()},
+        tmp_path / 'pytorch_model.bin',
+    )
+    (tmp_path / 'config.json').write_text(
+        json.dumps({'model_type': 'gpt2', 'n_positions': 16, **sizes})
+    )
+    status, out, err = run(
+        f'--init_from={tmp_path}', '--start=Hi', '--num_samples=2', '--max_new_tokens=5'
+    )
     assert (status, err) == (0, '') and out.startswith('Hi') and out.count(SEPARATOR) == 2

@@ -34,7 +34,9 @@ def entries(out_dir, kind):
 @pytest.fixture
 def train(script, dataset, tmp_path):
     def run(*arguments, out='out'):
-        return script('train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path / out}', *arguments)
+        return script(
+            'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path / out}', *arguments
+        )
 
     return run
 
@@ -42,15 +44,24 @@ def train(script, dataset, tmp_path):
 # -- it trains
 
 
-@pytest.mark.parametrize('arguments', [
-    ('--optimizer=adamw',),
-    ('--optimizer=adamcpr', '--reg_step_size=5'),
-    ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=10', '--order=after'),
-    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
-    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_scope=global', '--order=before'),
-    ('--dtype=bfloat16',),
-    ('--dtype=float16',),
-], ids=lambda a: ' '.join(a))  # fmt: skip
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('--optimizer=adamw',),
+        ('--optimizer=adamcpr', '--reg_step_size=5'),
+        (
+            '--optimizer=adamcpr',
+            '--kappa_init_method=warm_start',
+            '--kappa_init_param=10',
+            '--order=after',
+        ),
+        ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+        ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_scope=global', '--order=before'),
+        ('--dtype=bfloat16',),
+        ('--dtype=float16',),
+    ],
+    ids=lambda a: ' '.join(a),
+)
 def test_the_loss_falls(train, tmp_path, arguments):
     outcome = train('--max_iters=60', '--lr_decay_iters=60', '--eval_interval=60', *arguments)
     first, last = entries(tmp_path / 'out', 'eval')
@@ -84,7 +95,12 @@ def test_another_seed_sees_other_batches_but_is_evaluated_on_the_same(train, tmp
     train('--seed=2', '--learning_rate=0.0', '--min_lr=0.0', out='other')
     assert losses(tmp_path / 'out') != losses(tmp_path / 'other')
     first = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
-    outcome = train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--seed=2', '--eval_only=True', out='evaluated')
+    outcome = train(
+        f'--init_from={tmp_path / "out" / "ckpt.pt"}',
+        '--seed=2',
+        '--eval_only=True',
+        out='evaluated',
+    )
     assert f'val loss {first["best_val_loss"]:.4f}' in outcome.out
 
 
@@ -99,7 +115,9 @@ def test_eval_iters_0_takes_every_token_of_val_once(train, tmp_path, dataset):
         for i in range(0, len(tokens) - 1, 16):
             y = tokens[i + 1 : i + 17]
             total += model(tokens[None, i : i + len(y)], y[None])[1].item() * len(y)
-    assert entries(tmp_path / 'out', 'eval')[-1]['val_loss'] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+    assert entries(tmp_path / 'out', 'eval')[-1]['val_loss'] == pytest.approx(
+        total / (len(tokens) - 1), rel=1e-5
+    )
 
 
 def test_eval_only_evaluates_and_writes_nothing(train, tmp_path):
@@ -109,7 +127,9 @@ def test_eval_only_evaluates_and_writes_nothing(train, tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls_as_a_cosine(train):
-    outcome = train('--warmup_iters=10', '--lr_decay_iters=110', '--learning_rate=1.0', '--min_lr=0.1')
+    outcome = train(
+        '--warmup_iters=10', '--lr_decay_iters=110', '--learning_rate=1.0', '--min_lr=0.1'
+    )
     at = outcome.names['learning_rate_at']
     assert at(0) == pytest.approx(1 / 11) and at(9) == pytest.approx(10 / 11)
     assert at(10) == 1.0 and at(60) == pytest.approx(0.55) and at(110) == at(1000) == 0.1
@@ -131,14 +151,23 @@ def test_order_auto_follows_the_papers(train):
 
 def test_norms_are_recorded_from_the_start_for_every_optimizer(train, tmp_path):
     for optimizer in ('adamw', 'adamcpr', 'adamwn'):
-        train(f'--optimizer={optimizer}', '--kappa_init_method=dependent', '--kappa_init_param=0.9', out=optimizer)
+        train(
+            f'--optimizer={optimizer}',
+            '--kappa_init_method=dependent',
+            '--kappa_init_param=0.9',
+            out=optimizer,
+        )
         records = entries(tmp_path / optimizer, 'norms')
         assert [r['iter'] for r in records] == [0, 2, 4, 6, 8]
-        assert records[0]['ratio'] == 1 and all(t['ratio'] == 1 for t in records[0]['tensors'].values())
+        assert records[0]['ratio'] == 1 and all(
+            t['ratio'] == 1 for t in records[0]['tensors'].values()
+        )
         model = checkpoint.load(tmp_path / optimizer / 'ckpt.pt')['model']
         for name, tensor in records[-1]['tensors'].items():
             assert tensor['norm'] == pytest.approx(model[name].norm().item(), rel=1e-5)
-            assert ('kappa' in tensor) == (optimizer == 'adamcpr' and 'transformer.h.' in name)  # not the embeddings
+            assert ('kappa' in tensor) == (
+                optimizer == 'adamcpr' and 'transformer.h.' in name
+            )  # not the embeddings
         total = math.hypot(*(t['norm'] for t in records[-1]['tensors'].values()))
         start = math.hypot(*(t['norm'] for t in records[0]['tensors'].values()))
         assert records[-1]['ratio'] == pytest.approx(total / start)
@@ -152,9 +181,17 @@ def test_adamwn_reaches_the_scheduled_ratio(train, tmp_path):
 
 def test_wn_from_takes_the_ratio_of_every_tensor_from_a_finished_run(train, tmp_path):
     train('--optimizer=adamw', '--max_iters=20')
-    train('--optimizer=adamwn', f'--wn_from={tmp_path / "out"}', '--wn_rate=1.0', '--wn_ramp_iters=4', out='wn')
-    wanted, reached = ({name: t['ratio'] for name, t in entries(tmp_path / out, 'norms')[-1]['tensors'].items()}
-                       for out in ('out', 'wn'))  # fmt: skip
+    train(
+        '--optimizer=adamwn',
+        f'--wn_from={tmp_path / "out"}',
+        '--wn_rate=1.0',
+        '--wn_ramp_iters=4',
+        out='wn',
+    )
+    wanted, reached = (
+        {name: t['ratio'] for name, t in entries(tmp_path / out, 'norms')[-1]['tensors'].items()}
+        for out in ('out', 'wn')
+    )
     assert reached == pytest.approx(wanted, rel=1e-4)
     assert len({round(ratio, 3) for ratio in wanted.values()}) > 3
 
@@ -166,16 +203,32 @@ def test_the_checkpoint_has_nanogpts_keys_and_torch_adamw_can_load_its_optimizer
     for optimizer in ('adamw', 'adamcpr', 'adamwn'):
         train(f'--optimizer={optimizer}', out=optimizer)
         saved = torch.load(tmp_path / optimizer / 'ckpt.pt', weights_only=True)
-        assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= saved.keys()
+        assert {
+            'model',
+            'optimizer',
+            'model_args',
+            'iter_num',
+            'best_val_loss',
+            'config',
+        } <= saved.keys()
         assert saved['iter_num'] == 8 and saved['config']['dataset'].endswith('sums')
-        assert ' '.join(sorted(saved['model_args'])) == 'bias block_size dropout n_embd n_head n_layer vocab_size'
+        assert (
+            ' '.join(sorted(saved['model_args']))
+            == 'bias block_size dropout n_embd n_head n_layer vocab_size'
+        )
         model = GPT(GPTConfig(**saved['model_args']))
         model.load_state_dict(saved['model'])
         params = [p for p in model.parameters() if p.requires_grad]
-        theirs = torch.optim.AdamW([{'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
-                                    {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}])  # fmt: skip
+        theirs = torch.optim.AdamW(
+            [
+                {'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
+                {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
+            ]
+        )
         theirs.load_state_dict(saved['optimizer'])
-        model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+        model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[
+            1
+        ].backward()
         theirs.step()
 
 
@@ -186,18 +239,37 @@ def test_a_nanogpt_checkpoint_is_continued_with_its_adamw_state(train, tmp_path)
     model = GPT(GPTConfig(**saved['model_args']))
     model.load_state_dict(saved['model'])
     params = list(model.parameters())
-    theirs = torch.optim.AdamW([{'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
-                                {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}], lr=1e-2)
+    theirs = torch.optim.AdamW(
+        [
+            {'params': [p for p in params if p.dim() >= 2], 'weight_decay': 0.1},
+            {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
+        ],
+        lr=1e-2,
+    )
     theirs.load_state_dict(saved['optimizer'])
     keys = ('model_args', 'iter_num', 'best_val_loss')
-    torch.save({'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()}, 'optimizer': theirs.state_dict(),
-                'config': {'dataset': 'sums', 'device': 'cuda'}, **{k: saved[k] for k in keys}}, tmp_path / 'theirs.pt')
+    torch.save(
+        {
+            'model': {f'_orig_mod.{k}': v for k, v in saved['model'].items()},
+            'optimizer': theirs.state_dict(),
+            'config': {'dataset': 'sums', 'device': 'cuda'},
+            **{k: saved[k] for k in keys},
+        },
+        tmp_path / 'theirs.pt',
+    )
     for out, source in (('a', path), ('b', tmp_path / 'theirs.pt')):
         assert train('--max_iters=12', f'--init_from={source}', out=out).status == 0
-    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and list(losses(tmp_path / 'b')) == [8, 9, 10, 11]
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and list(losses(tmp_path / 'b')) == [
+        8,
+        9,
+        10,
+        11,
+    ]
 
 
-def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(script, train, tmp_path, dataset):
+def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(
+    script, train, tmp_path, dataset
+):
     """As it lies in nanoGPT's folder: out/ckpt.pt, data/sums/{train,val}.bin and meta.pkl, no meta.json."""
     train()
     theirs = tmp_path / 'data' / 'sums'
@@ -206,14 +278,36 @@ def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(scri
         (theirs / name).write_bytes((dataset / name).read_bytes())
     saved = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     keys = ('model', 'optimizer', 'model_args', 'iter_num')
-    torch.save({**{k: saved[k] for k in keys}, 'best_val_loss': torch.tensor(1.5), 'config': {'dataset': 'sums'}},
-               tmp_path / 'out' / 'nano.pt')  # fmt: skip
+    torch.save(
+        {
+            **{k: saved[k] for k in keys},
+            'best_val_loss': torch.tensor(1.5),
+            'config': {'dataset': 'sums'},
+        },
+        tmp_path / 'out' / 'nano.pt',
+    )
     nano = f'--init_from={tmp_path}/out/nano.pt'
-    outcome = script('sample.py', nano, '--start=1+', '--num_samples=1', '--max_new_tokens=20', '--device=cpu')
+    outcome = script(
+        'sample.py', nano, '--start=1+', '--num_samples=1', '--max_new_tokens=20', '--device=cpu'
+    )
     assert outcome.status == 0 and outcome.err == '' and set(outcome.out) <= set('0123456789+=\n-')
-    outcome = script('train.py', *TINY, nano, f'--dataset={theirs}', '--eval_only=True', f'--out_dir={tmp_path / "b"}')
+    outcome = script(
+        'train.py',
+        *TINY,
+        nano,
+        f'--dataset={theirs}',
+        '--eval_only=True',
+        f'--out_dir={tmp_path / "b"}',
+    )
     assert f'val loss {saved["best_val_loss"]:.4f}' in outcome.out
-    outcome = script('train.py', *TINY, nano, f'--dataset={theirs}', '--max_iters=10', f'--out_dir={tmp_path / "b"}')
+    outcome = script(
+        'train.py',
+        *TINY,
+        nano,
+        f'--dataset={theirs}',
+        '--max_iters=10',
+        f'--out_dir={tmp_path / "b"}',
+    )
     assert outcome.status == 0 and list(losses(tmp_path / 'b')) == [8, 9]
 
 
@@ -234,15 +328,23 @@ def test_only_the_best_is_kept_when_asked(train, tmp_path):
 
 def charts_of(tmp_path):
     """{chart: {iteration: value}} of the TensorBoard files in tmp_path/out, as TensorBoard reads them."""
-    event_accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    event_accumulator = pytest.importorskip(
+        'tensorboard.backend.event_processing.event_accumulator'
+    )
     events = event_accumulator.EventAccumulator(str(tmp_path / 'out' / 'tensorboard')).Reload()
-    return {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()['scalars']}
+    return {
+        name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()['scalars']
+    }
 
 
 def test_tensorboard_shows_what_the_log_says_over_a_resume(train, tmp_path):
     pytest.importorskip('tensorboard')
-    arguments = ('--tensorboard_log=True', '--optimizer=adamcpr', '--kappa_init_method=warm_start',
-                 '--kappa_init_param=3')  # fmt: skip
+    arguments = (
+        '--tensorboard_log=True',
+        '--optimizer=adamcpr',
+        '--kappa_init_method=warm_start',
+        '--kappa_init_param=3',
+    )
     assert train(*arguments).status == 0
     train('--init_from=resume', '--max_iters=12', *arguments)
     charts = charts_of(tmp_path)
@@ -251,7 +353,9 @@ def test_tensorboard_shows_what_the_log_says_over_a_resume(train, tmp_path):
     assert charts['val/loss'] == pytest.approx(val) and list(val) == [0, 4, 8, 12]
     name = 'transformer.h.0.mlp.c_fc.weight'
     for key in ('norm', 'ratio', 'kappa', 'lagmul'):
-        written = {e['iter']: e['tensors'][name].get(key) for e in entries(tmp_path / 'out', 'norms')}
+        written = {
+            e['iter']: e['tensors'][name].get(key) for e in entries(tmp_path / 'out', 'norms')
+        }
         written = {i: value for i, value in written.items() if value is not None}
         assert charts[f'{key}/{name}'] == pytest.approx(written) and written
 
@@ -268,12 +372,19 @@ def test_wandb_offline_receives_the_same_charts(train, tmp_path, monkeypatch):
         return log(self, data, step=step, **kwargs)
 
     monkeypatch.setattr(wandb.Run, 'log', spy)
-    outcome = train('--wandb_log=True', '--wandb_run_name=t', '--max_iters=4', '--norm_log_interval=4')
+    outcome = train(
+        '--wandb_log=True', '--wandb_run_name=t', '--max_iters=4', '--norm_log_interval=4'
+    )
     assert outcome.status == 0, outcome.err
     assert list((tmp_path / 'wandb').glob('offline-run-*/*.wandb'))
-    assert {i: v['train/loss'] for i, v in logged.items() if 'train/loss' in v} == losses(tmp_path / 'out')
+    assert {i: v['train/loss'] for i, v in logged.items() if 'train/loss' in v} == losses(
+        tmp_path / 'out'
+    )
     assert logged[4]['val/loss'] == entries(tmp_path / 'out', 'eval')[-1]['val_loss']
-    assert logged[4]['norm/transformer.wte.weight'] > 0 and logged[0]['ratio/transformer.wte.weight'] == 1
+    assert (
+        logged[4]['norm/transformer.wte.weight'] > 0
+        and logged[0]['ratio/transformer.wte.weight'] == 1
+    )
 
 
 def test_tensorboard_that_is_not_installed_ends_with_one_error_line(train, tmp_path, monkeypatch):
@@ -285,13 +396,17 @@ def test_tensorboard_that_is_not_installed_ends_with_one_error_line(train, tmp_p
 # -- stopping and going on
 
 
-@pytest.mark.parametrize('arguments', [
-    ('--optimizer=adamcpr', '--reg_step_size=2'),
-    ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=6'),
-    ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
-    ('--optimizer=adamw', '--dropout=0.2', '--gradient_accumulation_steps=3'),
-    ('--optimizer=adamw', '--dtype=float16'),
-], ids=lambda a: ' '.join(a))  # fmt: skip
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('--optimizer=adamcpr', '--reg_step_size=2'),
+        ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=6'),
+        ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+        ('--optimizer=adamw', '--dropout=0.2', '--gradient_accumulation_steps=3'),
+        ('--optimizer=adamw', '--dtype=float16'),
+    ],
+    ids=lambda a: ' '.join(a),
+)
 def test_a_resumed_run_continues_bit_for_bit(train, tmp_path, arguments):
     train('--max_iters=16', *arguments)
     train('--max_iters=8', *arguments, out='resumed')
@@ -300,15 +415,33 @@ def test_a_resumed_run_continues_bit_for_bit(train, tmp_path, arguments):
     assert losses(tmp_path / 'resumed') == losses(tmp_path / 'out')
     a, b = (checkpoint.load(tmp_path / out / 'ckpt.pt') for out in ('out', 'resumed'))
     assert all(torch.equal(a['model'][name], b['model'][name]) for name in a['model'])
-    strip = [{k: v for k, v in e.items() if k not in ('ms', 'tokens_per_s')} for out in ('out', 'resumed')
-             for e in runlog.read(str(tmp_path / out)) if e['kind'] != 'config']  # fmt: skip
+    strip = [
+        {k: v for k, v in e.items() if k not in ('ms', 'tokens_per_s')}
+        for out in ('out', 'resumed')
+        for e in runlog.read(str(tmp_path / out))
+        if e['kind'] != 'config'
+    ]
     assert strip[: len(strip) // 2] == strip[len(strip) // 2 :]
 
 
 def start(out_dir, dataset, *arguments, **options):
-    command = [sys.executable, 'train.py', *TINY, f'--dataset={dataset}', f'--out_dir={out_dir}', *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'}, **options)  # fmt: skip
+    command = [
+        sys.executable,
+        'train.py',
+        *TINY,
+        f'--dataset={dataset}',
+        f'--out_dir={out_dir}',
+        *arguments,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        **options,
+    )
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -333,13 +466,23 @@ def train_forked(arguments, stdout):
 
 
 def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset, monkeypatch):
-    arguments = ('--optimizer=adamcpr', '--reg_step_size=10', '--max_iters=120', '--lr_decay_iters=120',
-                 '--eval_interval=5', '--eval_iters=1', '--init_from=auto', '--dropout=0.1')  # fmt: skip
+    arguments = (
+        '--optimizer=adamcpr',
+        '--reg_step_size=10',
+        '--max_iters=120',
+        '--lr_decay_iters=120',
+        '--eval_interval=5',
+        '--eval_iters=1',
+        '--init_from=auto',
+        '--dropout=0.1',
+    )
     whole = start(tmp_path / 'whole', dataset, *arguments)
     assert whole.wait(timeout=120) == 0
     # each is forked off a process that has imported torch, which takes longer than all that they do before the kill
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['checkpoint', 'cpr', 'data.tokens', 'parallel', 'runlog', 'torch._dynamo'])
+    context.set_forkserver_preload(
+        ['checkpoint', 'cpr', 'data.tokens', 'parallel', 'runlog', 'torch._dynamo']
+    )
     command = [*whole.args[2:], f'--out_dir={tmp_path / "killed"}']
     chance = random.Random(0)
     for kills in range(20):
@@ -358,33 +501,56 @@ def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset
         process.join(60)
         reader.close()
         assert process.exitcode == -signal.SIGKILL, f'after {kills} kills the run ended by itself'
-        assert not (tmp_path / 'killed' / 'ckpt.pt').exists() or checkpoint.load(tmp_path / 'killed' / 'ckpt.pt')
+        assert not (tmp_path / 'killed' / 'ckpt.pt').exists() or checkpoint.load(
+            tmp_path / 'killed' / 'ckpt.pt'
+        )
     last = start(tmp_path / 'killed', dataset, *arguments)
     assert last.wait(timeout=120) == 0
     assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
     assert len(losses(tmp_path / 'whole')) == 120
-    val = [{e['iter']: e['val_loss'] for e in entries(tmp_path / out, 'eval')} for out in ('killed', 'whole')]
+    val = [
+        {e['iter']: e['val_loss'] for e in entries(tmp_path / out, 'eval')}
+        for out in ('killed', 'whole')
+    ]
     assert val[0] == val[1]
 
 
 def test_auto_starts_where_there_is_nothing_and_leaves_a_finished_run_alone(train, tmp_path):
     assert train('--init_from=auto').status == 0
-    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes(), (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    before = (
+        (tmp_path / 'out' / 'ckpt.pt').read_bytes(),
+        (tmp_path / 'out' / 'log.jsonl').read_bytes(),
+    )
     outcome = train('--init_from=auto')
     assert outcome.status == 0 and 'nothing is left to train' in outcome.out
-    assert before == ((tmp_path / 'out' / 'ckpt.pt').read_bytes(), (tmp_path / 'out' / 'log.jsonl').read_bytes())
+    assert before == (
+        (tmp_path / 'out' / 'ckpt.pt').read_bytes(),
+        (tmp_path / 'out' / 'log.jsonl').read_bytes(),
+    )
 
 
-def test_resume_without_the_config_takes_the_architecture_from_the_checkpoint(script, train, tmp_path, dataset):
+def test_resume_without_the_config_takes_the_architecture_from_the_checkpoint(
+    script, train, tmp_path, dataset
+):
     train()
-    outcome = script('train.py', '--init_from=resume', f'--out_dir={tmp_path / "out"}', f'--dataset={dataset}',
-                     '--compile=False', '--eval_only=True', '--eval_iters=1', '--device=cpu')  # fmt: skip
+    outcome = script(
+        'train.py',
+        '--init_from=resume',
+        f'--out_dir={tmp_path / "out"}',
+        f'--dataset={dataset}',
+        '--compile=False',
+        '--eval_only=True',
+        '--eval_iters=1',
+        '--device=cpu',
+    )
     assert outcome.status == 0 and 'iteration 8' in outcome.out
 
 
 def test_switching_the_optimizer_keeps_moments_and_iteration(train, tmp_path):
     train()
-    outcome = train('--init_from=resume', '--optimizer=adamcpr', '--switch_optimizer=True', '--max_iters=12')
+    outcome = train(
+        '--init_from=resume', '--optimizer=adamcpr', '--switch_optimizer=True', '--max_iters=12'
+    )
     assert outcome.status == 0 and list(losses(tmp_path / 'out')) == list(range(12))
     state = outcome.names['opt'].state_dict()['state'][2]
     assert state['step'] == 12 and 'kappa' in state
@@ -404,7 +570,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset)
 
     process = start(out, dataset, '--init_from=resume', '--max_iters=12', preexec_fn=no_room)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and 'could not write' in err and 'the checkpoint before it' in err
+    assert (
+        process.returncode == 2 and 'could not write' in err and 'the checkpoint before it' in err
+    )
     assert [line for line in err.splitlines() if line.startswith('error: ')] == err.splitlines()
     assert (out / 'ckpt.pt').read_bytes() == before
     assert sorted(p.name for p in out.iterdir()) == ['.lock', 'ckpt.1.pt', 'ckpt.pt', 'log.jsonl']
@@ -421,7 +589,9 @@ def test_a_checkpoint_in_the_runs_own_folder_is_not_lost_to_a_run_from_it(tmp_pa
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
+def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(
+    train, tmp_path, monkeypatch
+):
     whole = entries(tmp_path / 'out', 'eval') if train().status == 0 else None
     step = AdamW.step
 
@@ -439,7 +609,9 @@ def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(tr
 def test_a_new_run_in_an_old_out_dir_is_not_taken_for_the_old_one(train, tmp_path):
     train()
     old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
-    train('--max_iters=2', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0')  # leaves none
+    train(
+        '--max_iters=2', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0'
+    )  # leaves none
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
     assert (tmp_path / 'out' / 'ckpt.pt.old').read_bytes() == old
     assert 'from scratch at iteration 0' in train('--init_from=auto').out
@@ -450,14 +622,18 @@ def test_a_run_that_continues_a_checkpoint_from_elsewhere_logs_only_its_own(trai
     train('--seed=5', out='other')
     train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--max_iters=10', out='other')
     assert list(losses(tmp_path / 'other')) == [8, 9]
-    train(f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--max_iters=10')  # its own checkpoint: as 'resume'
+    train(
+        f'--init_from={tmp_path / "out" / "ckpt.pt"}', '--max_iters=10'
+    )  # its own checkpoint: as 'resume'
     assert list(losses(tmp_path / 'out')) == list(range(10))
 
 
 def test_a_run_resumes_in_another_dtype(train, tmp_path):
     train()
     for i, dtype in enumerate(('float16', 'float32'), 1):
-        assert train('--init_from=resume', f'--dtype={dtype}', f'--max_iters={8 + 2 * i}').status == 0
+        assert (
+            train('--init_from=resume', f'--dtype={dtype}', f'--max_iters={8 + 2 * i}').status == 0
+        )
     assert list(losses(tmp_path / 'out')) == list(range(12))
 
 
@@ -473,7 +649,9 @@ def test_skipped_steps_are_counted_over_a_resume(train, tmp_path, monkeypatch):
     train()
     train('--init_from=resume', '--max_iters=10')
     assert [e['skipped_steps'] for e in entries(tmp_path / 'out', 'train')] == [0, 0, 0] + [1] * 7
-    assert entries(tmp_path / 'out', 'train')[3]['grad_norm'] is None  # not finite: no number in JSON
+    assert (
+        entries(tmp_path / 'out', 'train')[3]['grad_norm'] is None
+    )  # not finite: no number in JSON
 
 
 def test_two_runs_cannot_write_to_one_out_dir(train, tmp_path, dataset):
@@ -499,47 +677,52 @@ def bad(outcome, *says):
         assert text in outcome.err, outcome.err
 
 
-@pytest.mark.parametrize('argument, says', [
-    ('--learning_rat=1', "did you mean 'learning_rate'?"),
-    ('--batch_size=2.5', 'whole number'),
-    ('config/train_char_cpx.py', 'did you mean config/train_char_cpr.py?'),
-    ('--dataset=nowhere', 'shakespeare_char'),
-    ('--dataset=shakespeare', 'python data/shakespeare/prepare.py'),
-    ('--n_head=3', 'n_embd=16 is not divisible by n_head=3'),
-    ('--learning_rate=-1.0', 'learning_rate=-1.0 must be >= 0'),
-    ('--learning_rate=nan', 'learning_rate'),
-    ('--learning_rate=1e999', 'finite'),
-    ('--batch_size=0', 'batch_size=0 must be >= 1'),
-    ('--gradient_accumulation_steps=0', 'must be >= 1'),
-    ('--block_size=0', 'must be >= 1'),
-    ('--block_size=100000', 'lower block_size'),
-    ('--eval_interval=0', 'must be >= 1'),
-    ('--log_interval=0', 'must be >= 1'),
-    ('--norm_log_interval=0', 'must be >= 1'),
-    ('--dropout=1.0', 'in [0, 1)'),
-    ('--beta2=1.0', 'in [0, 1)'),
-    ('--seed=-1', '>= 0'),
-    ('--wn_rate=1.5', 'wn_rate=1.5 must be in [0, 1]'),
-    ('--wn_rate=-0.5', 'wn_rate=-0.5 must be in [0, 1]'),
-    ('--optimizer=adam', 'one of adamw adamcpr adamwn'),
-    ('--order=during', 'one of auto before after'),
-    ('--impl=cuda', "impl='cuda'"),
-    ('--device=cuda', '--device=cpu'),
-    ('--device=tpu9', 'cannot be used here'),
-    ('--device=hpu', 'cannot be used here'),
-    ('--dtype=float8', 'dtype'),
-    ('--lr_decay_iters=1', 'warmup_iters'),
-    ('--init_from=resume', 'there is no checkpoint at'),
-    ('--init_from=nowhere/ckpt.pt', 'nowhere/ckpt.pt'),
-    ('--init_from=resme', "'resume'"),
-    ('--seed=99999999999999999999', 'less than 2**63'),
-    ('--learning_rate=' + '1' * 400, 'finite'),
-    ('--device=meta', 'not supported'),
-    ('--max_iters={[]}', 'whole number'),
-    ('--wn_scope=all', 'one of tensor global'),
-    ('--wn_from=nowhere', 'log.jsonl'),
-])  # fmt: skip
-def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(train, tmp_path, argument, says, monkeypatch):
+@pytest.mark.parametrize(
+    'argument, says',
+    [
+        ('--learning_rat=1', "did you mean 'learning_rate'?"),
+        ('--batch_size=2.5', 'whole number'),
+        ('config/train_char_cpx.py', 'did you mean config/train_char_cpr.py?'),
+        ('--dataset=nowhere', 'shakespeare_char'),
+        ('--dataset=shakespeare', 'python data/shakespeare/prepare.py'),
+        ('--n_head=3', 'n_embd=16 is not divisible by n_head=3'),
+        ('--learning_rate=-1.0', 'learning_rate=-1.0 must be >= 0'),
+        ('--learning_rate=nan', 'learning_rate'),
+        ('--learning_rate=1e999', 'finite'),
+        ('--batch_size=0', 'batch_size=0 must be >= 1'),
+        ('--gradient_accumulation_steps=0', 'must be >= 1'),
+        ('--block_size=0', 'must be >= 1'),
+        ('--block_size=100000', 'lower block_size'),
+        ('--eval_interval=0', 'must be >= 1'),
+        ('--log_interval=0', 'must be >= 1'),
+        ('--norm_log_interval=0', 'must be >= 1'),
+        ('--dropout=1.0', 'in [0, 1)'),
+        ('--beta2=1.0', 'in [0, 1)'),
+        ('--seed=-1', '>= 0'),
+        ('--wn_rate=1.5', 'wn_rate=1.5 must be in [0, 1]'),
+        ('--wn_rate=-0.5', 'wn_rate=-0.5 must be in [0, 1]'),
+        ('--optimizer=adam', 'one of adamw adamcpr adamwn'),
+        ('--order=during', 'one of auto before after'),
+        ('--impl=cuda', "impl='cuda'"),
+        ('--device=cuda', '--device=cpu'),
+        ('--device=tpu9', 'cannot be used here'),
+        ('--device=hpu', 'cannot be used here'),
+        ('--dtype=float8', 'dtype'),
+        ('--lr_decay_iters=1', 'warmup_iters'),
+        ('--init_from=resume', 'there is no checkpoint at'),
+        ('--init_from=nowhere/ckpt.pt', 'nowhere/ckpt.pt'),
+        ('--init_from=resme', "'resume'"),
+        ('--seed=99999999999999999999', 'less than 2**63'),
+        ('--learning_rate=' + '1' * 400, 'finite'),
+        ('--device=meta', 'not supported'),
+        ('--max_iters={[]}', 'whole number'),
+        ('--wn_scope=all', 'one of tensor global'),
+        ('--wn_from=nowhere', 'log.jsonl'),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(
+    train, tmp_path, argument, says, monkeypatch
+):
     if argument == '--device=cuda' and torch.cuda.is_available():
         pytest.skip('this machine has a GPU')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -547,16 +730,22 @@ def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(train, tmp_
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('arguments, says', [
-    (('--kappa_init_method=warm_start', '--kappa_init_param=0'), 'kappa_init_param=0.0 must be > 0'),
-    (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
-    (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole number of steps'),
-    (('--kappa_init_method=sometimes',), 'inflection_point'),
-    (('--reg_function=l3',), 'huber'),
-    (('--reg_step_size=0',), '>= 1'),
-    (('--reg_ema_decay=1.0',), 'in [0, 1)'),
-    (('--kappa_update=-1',), '>= 0'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'arguments, says',
+    [
+        (
+            ('--kappa_init_method=warm_start', '--kappa_init_param=0'),
+            'kappa_init_param=0.0 must be > 0',
+        ),
+        (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
+        (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole number of steps'),
+        (('--kappa_init_method=sometimes',), 'inflection_point'),
+        (('--reg_function=l3',), 'huber'),
+        (('--reg_step_size=0',), '>= 1'),
+        (('--reg_ema_decay=1.0',), 'in [0, 1)'),
+        (('--kappa_update=-1',), '>= 0'),
+    ],
+)
 def test_impossible_settings_of_adamcpr_end_with_one_error_line(train, tmp_path, arguments, says):
     bad(train('--optimizer=adamcpr', *arguments), says)
     assert not (tmp_path / 'out').exists()
@@ -566,7 +755,11 @@ def test_damaged_data_ends_with_one_error_line(train, tmp_path, dataset):
     folder = tmp_path / 'd'
     folder.mkdir()
     meta = json.loads((dataset / 'meta.json').read_text())
-    for content, says in ((b'\0' * 2001, 'odd'), (b'\0' * 20, 'block of 16'), (b'\xff\x00' * 1000, 'vocabulary')):
+    for content, says in (
+        (b'\0' * 2001, 'odd'),
+        (b'\0' * 20, 'block of 16'),
+        (b'\xff\x00' * 1000, 'vocabulary'),
+    ):
         for name in ('train', 'val'):
             (folder / f'{name}.bin').write_bytes(content)
             meta[f'{name}_tokens'] = len(content) // 2
@@ -580,7 +773,12 @@ def test_a_damaged_checkpoint_ends_with_one_error_line_and_stays(train, tmp_path
     train('--keep_checkpoints=1')
     path = tmp_path / 'out' / 'ckpt.pt'
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b'', b'not a checkpoint', whole[:-1000] + b'\0' * 1000):
+    for content in (
+        whole[: len(whole) // 2],
+        b'',
+        b'not a checkpoint',
+        whole[:-1000] + b'\0' * 1000,
+    ):
         path.write_bytes(content)
         bad(train('--init_from=resume', '--max_iters=20'), 'ckpt.pt')
         bad(train('--init_from=auto', '--max_iters=20'), 'ckpt.pt')
@@ -589,17 +787,27 @@ def test_a_damaged_checkpoint_ends_with_one_error_line_and_stays(train, tmp_path
     bad(train('--init_from=resume'), 'ckpt.pt')
 
 
-@pytest.mark.parametrize('argument', ['--n_layer=3', '--n_embd=32', '--n_head=4', '--block_size=8', '--bias=True'])
+@pytest.mark.parametrize(
+    'argument', ['--n_layer=3', '--n_embd=32', '--n_head=4', '--block_size=8', '--bias=True']
+)
 def test_resuming_with_another_architecture_ends_with_one_error_line(train, tmp_path, argument):
     train()
     before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
-    bad(train('--init_from=resume', '--max_iters=20', argument), argument[2:].partition('=')[0], 'the checkpoint has')
+    bad(
+        train('--init_from=resume', '--max_iters=20', argument),
+        argument[2:].partition('=')[0],
+        'the checkpoint has',
+    )
     assert (tmp_path / 'out' / 'log.jsonl').read_bytes() == before
 
 
 def test_resuming_with_another_optimizer_says_what_is_kept_and_asks_for_the_flag(train):
     train()
-    bad(train('--init_from=resume', '--max_iters=20', '--optimizer=adamcpr'), '--switch_optimizer=True', 'moments')
+    bad(
+        train('--init_from=resume', '--max_iters=20', '--optimizer=adamcpr'),
+        '--switch_optimizer=True',
+        'moments',
+    )
 
 
 def test_an_out_dir_that_cannot_be_written_ends_with_one_error_line(train, tmp_path):
@@ -610,21 +818,29 @@ def test_an_out_dir_that_cannot_be_written_ends_with_one_error_line(train, tmp_p
 
 def test_wn_from_a_run_without_norms_ends_with_one_error_line(train, tmp_path):
     (tmp_path / 'old').mkdir()
-    (tmp_path / 'old' / 'log.jsonl').write_text('{"kind": "eval", "iter": 0, "train_loss": 1, "val_loss": 1}\n')
+    (tmp_path / 'old' / 'log.jsonl').write_text(
+        '{"kind": "eval", "iter": 0, "train_loss": 1, "val_loss": 1}\n'
+    )
     bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "old"}'), 'recorded no norms')
     train('--n_layer=1')
     bad(train('--optimizer=adamwn', f'--wn_from={tmp_path / "out"}', out='wn'), 'n_layer')
 
 
-@pytest.mark.parametrize('edit, says', [
-    (lambda c: c.pop('optimizer'), 'optimizer'),
-    (lambda c: c['optimizer']['state'][0].pop('exp_avg'), 'exp_avg of parameter 0'),
-    (lambda c: c['optimizer']['state'][1].update(exp_avg_sq=torch.zeros(3)), 'exp_avg_sq of parameter 1'),
-    (lambda c: c['model_args'].update(unknown=1), 'unknown'),
-    (lambda c: c.update(config=None), 'ckpt.pt'),
-    (lambda c: c.update(model=None), 'ckpt.pt'),
-    (lambda c: c['model'].pop('transformer.wpe.weight'), 'wpe'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    'edit, says',
+    [
+        (lambda c: c.pop('optimizer'), 'optimizer'),
+        (lambda c: c['optimizer']['state'][0].pop('exp_avg'), 'exp_avg of parameter 0'),
+        (
+            lambda c: c['optimizer']['state'][1].update(exp_avg_sq=torch.zeros(3)),
+            'exp_avg_sq of parameter 1',
+        ),
+        (lambda c: c['model_args'].update(unknown=1), 'unknown'),
+        (lambda c: c.update(config=None), 'ckpt.pt'),
+        (lambda c: c.update(model=None), 'ckpt.pt'),
+        (lambda c: c['model'].pop('transformer.wpe.weight'), 'wpe'),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_ends_with_one_error_line(train, tmp_path, edit, says):
     train()
     path = tmp_path / 'out' / 'ckpt.pt'
@@ -638,15 +854,37 @@ def test_a_checkpoint_that_does_not_fit_ends_with_one_error_line(train, tmp_path
 
 def test_resuming_adamcpr_with_another_kind_of_bound_asks_for_the_flag(train, tmp_path):
     train('--optimizer=adamcpr')
-    other = ('--optimizer=adamcpr', '--kappa_init_method=dependent', '--kappa_init_param=0.5', '--max_iters=12')
-    bad(train('--init_from=resume', *other), 'kappa_init_method=inflection_point', '--switch_optimizer=True')
+    other = (
+        '--optimizer=adamcpr',
+        '--kappa_init_method=dependent',
+        '--kappa_init_param=0.5',
+        '--max_iters=12',
+    )
+    bad(
+        train('--init_from=resume', *other),
+        'kappa_init_method=inflection_point',
+        '--switch_optimizer=True',
+    )
     assert train('--init_from=resume', '--switch_optimizer=True', *other).status == 0
-    assert entries(tmp_path / 'out', 'norms')[-1]['tensors']['transformer.h.0.mlp.c_fc.weight']['kappa'] > 0
-    bad(train('--init_from=resume', *other, '--kappa_init_param=0.7', '--max_iters=16'), 'kappa_init_param=0.5')
-    bad(train('--init_from=resume', *other, '--reg_embedding=True', '--max_iters=16'), 'reg_embedding=False')
+    assert (
+        entries(tmp_path / 'out', 'norms')[-1]['tensors']['transformer.h.0.mlp.c_fc.weight'][
+            'kappa'
+        ]
+        > 0
+    )
+    bad(
+        train('--init_from=resume', *other, '--kappa_init_param=0.7', '--max_iters=16'),
+        'kappa_init_param=0.5',
+    )
+    bad(
+        train('--init_from=resume', *other, '--reg_embedding=True', '--max_iters=16'),
+        'reg_embedding=False',
+    )
 
 
-def test_wandb_that_does_not_start_ends_with_one_error_line_and_leaves_the_log(train, tmp_path, monkeypatch):
+def test_wandb_that_does_not_start_ends_with_one_error_line_and_leaves_the_log(
+    train, tmp_path, monkeypatch
+):
     train()
     before = (tmp_path / 'out' / 'log.jsonl').read_bytes()
     monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not installed
@@ -666,16 +904,27 @@ def test_fewer_checkpoints_are_kept_when_fewer_are_asked_for(train, tmp_path):
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it_and_the_log_says_so(train, tmp_path):
     train('--max_iters=12', out='whole')
-    for content in (lambda b: b[: len(b) // 2], lambda b: b[:60000] + bytes([b[60000] ^ 1]) + b[60001:]):
+    for content in (
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:60000] + bytes([b[60000] ^ 1]) + b[60001:],
+    ):
         train()
         path = tmp_path / 'out' / 'ckpt.pt'
         path.write_bytes(content(path.read_bytes()))
         outcome = train('--max_iters=12', '--init_from=auto')
-        assert outcome.status == 0 and 'ckpt.pt is damaged' in outcome.out and 'at iteration 4' in outcome.out
+        assert (
+            outcome.status == 0
+            and 'ckpt.pt is damaged' in outcome.out
+            and 'at iteration 4' in outcome.out
+        )
         assert losses(tmp_path / 'out') == losses(tmp_path / 'whole')
         entry = entries(tmp_path / 'out', 'damaged')[0]
         assert entry['iter'] == 4 and entry['used'].endswith('ckpt.1.pt') and entry['reason']
-        assert {p.name for p in (tmp_path / 'out').glob('ckpt*')} >= {'ckpt.1.pt', 'ckpt.pt', 'ckpt.pt.damaged'}
+        assert {p.name for p in (tmp_path / 'out').glob('ckpt*')} >= {
+            'ckpt.1.pt',
+            'ckpt.pt',
+            'ckpt.pt.damaged',
+        }
 
 
 def test_as_many_checkpoints_are_kept_as_asked_and_a_new_run_starts_without_them(train, tmp_path):
@@ -700,7 +949,9 @@ def test_files_of_the_users_own_beside_the_checkpoints_stay(train, tmp_path):
     assert all(path.read_bytes() == b'of the user' for path in (*own, out / 'model.1.pt'))
 
 
-def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(train, tmp_path, monkeypatch):
+def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(
+    train, tmp_path, monkeypatch
+):
     step = AdamW.step
 
     def spoil(self, *args):
@@ -722,7 +973,9 @@ def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(trai
         assert [e['iter'] for e in entries(tmp_path / out, 'train') if e.get('spike')] == marked
 
 
-def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(train, tmp_path, monkeypatch):
+def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(
+    train, tmp_path, monkeypatch
+):
     measure = AdamW._measure
 
     def not_finite(self, batches):
@@ -747,6 +1000,8 @@ def test_weights_that_are_no_numbers_do_not_replace_the_checkpoints(train, tmp_p
         return result
 
     monkeypatch.setattr(AdamW, 'step', spoil)
-    bad(train('--max_iters=100', '--max_skipped_steps=8', '--eval_interval=1'), 'no finite gradient')
+    bad(
+        train('--max_iters=100', '--max_skipped_steps=8', '--eval_interval=1'), 'no finite gradient'
+    )
     kept = [checkpoint.load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'ckpt.1.pt')]
     assert any(all(x.isfinite().all() for x in saved['model'].values()) for saved in kept)

@@ -29,8 +29,20 @@ from data.prepare import Arguments, GPT2Tokenizer, cores, hold, write_dataset
 from runtime import fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
-FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.txt': 'text', '.text': 'text'}
-COMPRESSED = {'.bz2': 'bz2', '.gz': 'gzip', '.lz4': 'lz4', '.xz': 'lzma', '.zst': 'zstandard'}  # and what reads it
+FORMATS = {
+    '.parquet': 'parquet',
+    '.jsonl': 'json',
+    '.json': 'json',
+    '.txt': 'text',
+    '.text': 'text',
+}
+COMPRESSED = {
+    '.bz2': 'bz2',
+    '.gz': 'gzip',
+    '.lz4': 'lz4',
+    '.xz': 'lzma',
+    '.zst': 'zstandard',
+}  # and what reads it
 
 
 class Texts:
@@ -96,11 +108,15 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
         try:
             found = datasets.load_dataset(dataset, config, num_proc=cores(), **options)
         except Exception as e:  # the hub, its client and every format have their own
-            raise ValueError(f'{where} cannot be loaded from the hub ({_reason(e)}); --data_files=PATTERN takes local '
-                             'files') from e  # fmt: skip
+            raise ValueError(
+                f'{where} cannot be loaded from the hub ({_reason(e)}); --data_files=PATTERN takes local '
+                'files'
+            ) from e
     else:
         where = data_files
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # local files are nobody's to count, over the network least
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
+            False  # local files are nobody's to count, over the network least
+        )
         files = sorted(os.path.abspath(path) for path in glob.glob(data_files, recursive=True))
         if not files:
             raise ValueError(f'no file is called {data_files}; a pattern needs quotes in the shell')
@@ -109,19 +125,29 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
             if kind == 'parquet':
                 changed = [os.stat(path).st_mtime_ns for path in files]
                 kwargs = {'files': files, 'changed': changed, 'column': column}
-                found = datasets.Dataset.from_generator(_parquet_rows, gen_kwargs=kwargs, writer_batch_size=100,
-                                                        **options)  # fmt: skip
+                found = datasets.Dataset.from_generator(
+                    _parquet_rows, gen_kwargs=kwargs, writer_batch_size=100, **options
+                )
             else:
                 options |= {'sample_by': 'document'} if kind == 'text' else {}
                 found = datasets.load_dataset(kind, data_files=files, **options)
-        except Exception as e:  # of datasets, of the readers it uses and of the disk, often one within another
+        except (
+            Exception
+        ) as e:  # of datasets, of the readers it uses and of the disk, often one within another
             cause = _cause(e)
             if getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise ValueError(f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as '
-                                 'the text, beside the token files: free some, or give another --out_dir') from e
-            where = next((path for path in files if not _is_readable(kind, path, column, options)), where)
+                raise ValueError(
+                    f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as '
+                    'the text, beside the token files: free some, or give another --out_dir'
+                ) from e
+            where = next(
+                (path for path in files if not _is_readable(kind, path, column, options)), where
+            )
             raise ValueError(f'{where} cannot be read ({_reason(e)})') from e
-    types = {name: str(field.type) for name, field in zip(found.column_names, found.features.arrow_schema, strict=True)}
+    types = {
+        name: str(field.type)
+        for name, field in zip(found.column_names, found.features.arrow_schema, strict=True)
+    }
     _check_column(column, types, where)
     return Texts([part['filename'] for part in found.cache_files], column)
 
@@ -134,13 +160,19 @@ def _format(files):
         compressed = suffix in COMPRESSED
         kind = FORMATS.get(os.path.splitext(stem)[1] if compressed else suffix)
         if kind is None or (compressed and kind == 'parquet'):
-            raise ValueError(f'{path} is of no known format; its name must end with {", ".join(FORMATS)}, all but '
-                             f'parquet perhaps followed by {", ".join(COMPRESSED)}')  # fmt: skip
+            raise ValueError(
+                f'{path} is of no known format; its name must end with {", ".join(FORMATS)}, all but '
+                f'parquet perhaps followed by {", ".join(COMPRESSED)}'
+            )
         if compressed and importlib.util.find_spec(COMPRESSED[suffix]) is None:
-            raise ValueError(f'{path} needs a package that is not installed; run: pip install {COMPRESSED[suffix]}')
+            raise ValueError(
+                f'{path} needs a package that is not installed; run: pip install {COMPRESSED[suffix]}'
+            )
         kinds.add(kind)
     if len(kinds) > 1:
-        raise ValueError(f'the files are {" and ".join(sorted(kinds))}; prepare files of one format at a time')
+        raise ValueError(
+            f'the files are {" and ".join(sorted(kinds))}; prepare files of one format at a time'
+        )
     return kinds.pop()
 
 
@@ -183,8 +215,10 @@ def _check_column(column, types, where):
     if types.get(column) not in ('string', 'large_string', 'string_view'):
         holds = f'holds {types[column]}' if column in types else 'is not there'
         names = [name for name, kind in types.items() if 'string' in kind]
-        raise ValueError(f"the column '{column}' of {where} {holds}; --text_column=NAME takes one of text: "
-                         f'{", ".join(names) or "there is none"}')  # fmt: skip
+        raise ValueError(
+            f"the column '{column}' of {where} {holds}; --text_column=NAME takes one of text: "
+            f'{", ".join(names) or "there is none"}'
+        )
 
 
 def _cause(error):
@@ -210,37 +244,72 @@ def prepare(folder, texts, tokenizer, source, seed=2357, val_share=0.0005):
     try:
         split = rows.train_test_split(test_size=val_share, seed=seed, shuffle=True)
     except ValueError as e:
-        raise ValueError(f'{len(texts)} documents cannot be divided into two splits; give more text, or raise '
-                         '--val_share') from e  # fmt: skip
-    documents = {name: texts.select(np.asarray(split[theirs].with_format('numpy')[:]['row']))
-                 for name, theirs in (('train', 'train'), ('val', 'test'))}  # fmt: skip
-    source |= {'documents': len(texts), 'split': f'train_test_split(test_size={val_share}, seed={seed}, shuffle=True)'}
+        raise ValueError(
+            f'{len(texts)} documents cannot be divided into two splits; give more text, or raise '
+            '--val_share'
+        ) from e
+    documents = {
+        name: texts.select(np.asarray(split[theirs].with_format('numpy')[:]['row']))
+        for name, theirs in (('train', 'train'), ('val', 'test'))
+    }
+    source |= {
+        'documents': len(texts),
+        'split': f'train_test_split(test_size={val_share}, seed={seed}, shuffle=True)',
+    }
     # datasets names its copy after the files that it was made of and when they were changed
     copies = [os.path.relpath(path, folder) for path in texts.files]
-    write_dataset(folder, documents, tokenizer, source, end_of_text=True, fingerprint=repr([source, copies]), held=True)
+    write_dataset(
+        folder,
+        documents,
+        tokenizer,
+        source,
+        end_of_text=True,
+        fingerprint=repr([source, copies]),
+        held=True,
+    )
 
 
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
-    arguments.add_argument('--dataset', default='Skylion007/openwebtext', help='on the hub; default: %(default)s')
+    arguments.add_argument(
+        '--dataset', default='Skylion007/openwebtext', help='on the hub; default: %(default)s'
+    )
     arguments.add_argument('--config', help='of the data set on the hub, where it has several')
-    arguments.add_argument('--data_files', metavar='PATTERN', help='local files in place of the hub, ** for any folder')
-    arguments.add_argument('--text_column', default='text', metavar='NAME', help='default: %(default)s')
+    arguments.add_argument(
+        '--data_files', metavar='PATTERN', help='local files in place of the hub, ** for any folder'
+    )
+    arguments.add_argument(
+        '--text_column', default='text', metavar='NAME', help='default: %(default)s'
+    )
     arguments.add_bpe_file()
-    arguments.add_argument('--seed', type=int, default=2357, help='of the split; default: %(default)s')
-    arguments.add_argument('--val_share', type=float, default=0.0005, help='of the documents; default: %(default)s')
-    arguments.add_argument('--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script')
+    arguments.add_argument(
+        '--seed', type=int, default=2357, help='of the split; default: %(default)s'
+    )
+    arguments.add_argument(
+        '--val_share', type=float, default=0.0005, help='of the documents; default: %(default)s'
+    )
+    arguments.add_argument(
+        '--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script'
+    )
     args = arguments.parse_args()
     if not 0 < args.val_share < 1 or args.seed < 0:
-        fail(f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative')
+        fail(
+            f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative'
+        )
     gpt2 = GPT2Tokenizer(args.bpe_file)
     cache = args.out_dir / 'text.tmp'
     try:
-        with hold(args.out_dir):  # before the cache is looked at: two processes would read and write the same one
+        with hold(
+            args.out_dir
+        ):  # before the cache is looked at: two processes would read and write the same one
             new = not cache.exists()
             try:
                 texts = load(cache, args.data_files, args.dataset, args.config, args.text_column)
-                asked = ('data_files', 'text_column') if args.data_files else ('dataset', 'config', 'text_column')
+                asked = (
+                    ('data_files', 'text_column')
+                    if args.data_files
+                    else ('dataset', 'config', 'text_column')
+                )
                 source = {name: getattr(args, name) for name in asked}
                 prepare(args.out_dir, texts, gpt2, source, args.seed, args.val_share)
             except ValueError as e:

@@ -21,7 +21,15 @@ from data.prepare import Arguments, CharTokenizer, write_dataset
 from runtime import fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
-LEFT_OUT = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages', '__pycache__'}
+LEFT_OUT = {
+    'test',
+    'tests',
+    'idle_test',
+    'idlelib',
+    'site-packages',
+    'dist-packages',
+    '__pycache__',
+}
 
 
 def collect(stdlib):
@@ -29,7 +37,9 @@ def collect(stdlib):
     paths = {}
     for path in Path(stdlib).rglob('*.py'):
         relative = path.relative_to(stdlib)
-        built = path.name.startswith('_sysconfigdata')  # how this interpreter was built: differs by machine
+        built = path.name.startswith(
+            '_sysconfigdata'
+        )  # how this interpreter was built: differs by machine
         if path.is_file() and not built and LEFT_OUT.isdisjoint(relative.parts):
             paths[hashlib.sha256(relative.as_posix().encode()).hexdigest()] = path
     train, val, left_out = {}, {}, 0
@@ -49,10 +59,14 @@ def collect(stdlib):
 def prepare(folder, stdlib):
     train, val, left_out = collect(stdlib)
     if not train or not val:
-        fail(f'there are no Python sources in {stdlib}; run this with a Python that comes with them')
+        fail(
+            f'there are no Python sources in {stdlib}; run this with a Python that comes with them'
+        )
     train_text, val_text = ''.join(train.values()), ''.join(val.values())
     files, characters = len(train) + len(val), len(train_text) + len(val_text)
-    print(f'Python {platform.python_version()}: {files} files, {characters:,} characters; {left_out} files left out')
+    print(
+        f'Python {platform.python_version()}: {files} files, {characters:,} characters; {left_out} files left out'
+    )
 
     source = {
         'text': "the Python standard library's sources",

@@ -1,6 +1,6 @@
 """Shakespeare's plays in GPT-2's byte pair encoding, for finetuning: the first 90 % to train on, the rest to validate.
 
-    python data/shakespeare/prepare.py [--input FILE] [--bpe_file FILE]
+python data/shakespeare/prepare.py [--input FILE] [--bpe_file FILE]
 """
 
 import os

@@ -38,8 +38,10 @@ class Files:
                     f.seek(start)
                     texts.append(f.read(end - start).decode('utf-8'))
             except UnicodeDecodeError as e:
-                raise ValueError(f'{path} is not UTF-8 text (byte {start + e.start}); convert it with iconv, or leave '
-                                 'it out') from e  # fmt: skip
+                raise ValueError(
+                    f'{path} is not UTF-8 text (byte {start + e.start}); convert it with iconv, or leave '
+                    'it out'
+                ) from e
             except OSError as e:
                 raise ValueError(f'cannot read {path} ({e.strerror})') from e
         return texts
@@ -51,7 +53,11 @@ def find(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f'there is no {path}')
-        below = sorted(p for p in path.rglob('*') if not any(n.startswith('.') for n in p.relative_to(path).parts))
+        below = sorted(
+            p
+            for p in path.rglob('*')
+            if not any(n.startswith('.') for n in p.relative_to(path).parts)
+        )
         for file in below if path.is_dir() else [path]:
             if file.is_file() and file.stat().st_size:
                 found[os.path.abspath(file)] = file.stat().st_size
@@ -94,14 +100,24 @@ def characters(documents):
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
     arguments.add_argument('paths', nargs='+', metavar='PATH')
-    arguments.add_argument('--tokenizer', choices=('gpt2', 'char'), default='gpt2', help='default: %(default)s')
+    arguments.add_argument(
+        '--tokenizer', choices=('gpt2', 'char'), default='gpt2', help='default: %(default)s'
+    )
     arguments.add_bpe_file()
-    arguments.add_argument('--seed', type=int, default=2357, help='of the shuffling; default: %(default)s')
-    arguments.add_argument('--val_share', type=float, default=0.1, help='of the bytes; default: %(default)s')
-    arguments.add_argument('--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script')
+    arguments.add_argument(
+        '--seed', type=int, default=2357, help='of the shuffling; default: %(default)s'
+    )
+    arguments.add_argument(
+        '--val_share', type=float, default=0.1, help='of the bytes; default: %(default)s'
+    )
+    arguments.add_argument(
+        '--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script'
+    )
     args = arguments.parse_args()
     if not 0 < args.val_share < 1 or args.seed < 0:
-        fail(f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative')
+        fail(
+            f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative'
+        )
     try:
         sizes = find(args.paths)
         documents = split(sizes, args.seed, args.val_share)
@@ -109,8 +125,18 @@ if __name__ == '__main__':
         tokenizer = CharTokenizer(characters(documents)) if char else GPT2Tokenizer(args.bpe_file)
     except ValueError as e:
         fail(e)
-    source = {'paths': args.paths, 'files': len(sizes), 'bytes': sum(sizes.values()),
-              'split': f'by bytes, seed {args.seed}, validation {args.val_share}'}  # fmt: skip
+    source = {
+        'paths': args.paths,
+        'files': len(sizes),
+        'bytes': sum(sizes.values()),
+        'split': f'by bytes, seed {args.seed}, validation {args.val_share}',
+    }
     changed = [os.stat(path).st_mtime_ns for path in sizes]
-    write_dataset(args.out_dir, documents, tokenizer, source, end_of_text=not char,
-                  fingerprint=repr((documents['train'].parts, documents['val'].parts, changed)))  # fmt: skip
+    write_dataset(
+        args.out_dir,
+        documents,
+        tokenizer,
+        source,
+        end_of_text=not char,
+        fingerprint=repr((documents['train'].parts, documents['val'].parts, changed)),
+    )

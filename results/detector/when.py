@@ -1,6 +1,6 @@
 """Which iteration each tensor's kappa stems from, to norm_log_interval, as a table: the runs of a results folder.
 
-    python results/detector/when.py results/detector
+python results/detector/when.py results/detector
 """
 
 import sys
@@ -16,11 +16,19 @@ for log in sorted(Path(sys.argv[1]).glob('runs/*/*/log.jsonl')):
     for tensor, last in entries[-1]['tensors'].items():
         if 'kappa' in last:
             found = [e['iter'] for e in entries if e['tensors'][tensor].get('kappa') is not None]
-            when.setdefault(log.parent.parent.name, {}).setdefault(tensor, []).append(found[0] if found else None)
+            when.setdefault(log.parent.parent.name, {}).setdefault(tensor, []).append(
+                found[0] if found else None
+            )
 
 tensors = list(next(iter(when.values())))
 print('| tensor | ' + ' | '.join(when) + ' |')
 print('|---' * (len(when) + 1) + '|')
 for tensor in tensors:
-    cells = [', '.join('never' if i is None else str(i) for i in of[tensor]) for of in when.values()]
-    print(f'| `{tensor.removeprefix("transformer.").removesuffix(".weight")}` | ' + ' | '.join(cells) + ' |')
+    cells = [
+        ', '.join('never' if i is None else str(i) for i in of[tensor]) for of in when.values()
+    ]
+    print(
+        f'| `{tensor.removeprefix("transformer.").removesuffix(".weight")}` | '
+        + ' | '.join(cells)
+        + ' |'
+    )
