@@ -1,1 +1,1 @@
-"""The passes over memory that the optimizers of cpr.py are made of. A pass knows tensors and numbers, no optimizer."""
+"""Passes over memory, in Triton, Numba and PyTorch, and the tensors that they work on."""

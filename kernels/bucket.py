@@ -1,0 +1,209 @@
+"""What a step works on: the parameters that share a group, a device and a dtype, as one object."""
+
+import importlib
+import math
+import warnings
+
+import torch
+
+from kernels import dtensor, plain
+from kernels.tensors import as_laid_out, is_dense
+
+MOMENTS = ('exp_avg', 'exp_avg_sq')
+
+
+class Bucket:
+    """The n parameters of one group that share a device, a dtype and a device mesh.
+
+    state: {name: (n,) vector}. From a parameter's first gradient on, optimizer.state[p] holds views
+    of them, beside exp_avg and exp_avg_sq. R, mean: (n,), of each whole tensor as `measure` found
+    it. active: (n,) bool, the tensors that this step corrects.
+    """
+
+    def __init__(self, optimizer, group, members, kernels):
+        self.optimizer, self.group, self.kernels = optimizer, group, kernels
+        self.states = optimizer.state
+        self.params, self.regularize = zip(*members, strict=True)
+        self.shard_groups = dtensor.shard_groups(self.params[0])
+        self.tensors = kernels.Tensors(self.params, group.get('reg_function', 'l2'))
+        self.tensors.set_grads([None] * len(members))
+        self.device = self.tensors.device
+        self.regularized = torch.tensor(self.regularize, dtype=torch.bool, device=self.device)
+        self.coefficients = torch.zeros(len(members), 4, dtype=torch.float32, device=self.device)
+        self.decay, self.shift, self.step_size, self.rsqrt_bias2 = self.coefficients.unbind(1)
+        numel, wide = [max(p.numel(), 1) for p in self.params], dtensor.total(self.decay).dtype
+        self.numel = torch.tensor(numel, dtype=wide, device=self.device)
+        self.hyper = torch.zeros(6, dtype=torch.float32, device=self.device)
+        self.grad_coef, self.lr = self.hyper[0], torch.zeros_like(self.hyper[0])
+        self.log_betas, self._adam = torch.zeros_like(self.hyper[:2, None]), None
+        self.has_grad, self._has_grad = None, None
+        self.decides = optimizer.needs_R and any(self.regularize)
+        self.measure(R=True)
+        self.state = {'step': torch.zeros_like(self.decay)}
+        self.state.update(optimizer.init_state(self) if any(self.regularize) else {})
+        for name, fresh in self.state.items():
+            values = [
+                self.states.get(p, {}).get(name, x) for p, x in zip(self.params, fresh, strict=True)
+            ]
+            values = [torch.as_tensor(x).to(fresh).reshape(()) for x in values]
+            self.state[name] = torch.stack(values)
+        self.started = [False] * len(members)
+        for j, p in enumerate(self.params):
+            if 'exp_avg' in self.states.get(p, ()):
+                self._start(j)
+
+    def _start(self, j):
+        """Give parameter j its moments and show its part of the vectors."""
+        p, state = self.params[j], self.states[self.params[j]]
+        for name in MOMENTS:
+            x = state.get(name)
+            x = torch.zeros_like(p, dtype=torch.float32) if x is None else x
+            check(x.shape == p.shape, f'{name} has shape {tuple(x.shape)}, not {tuple(p.shape)}')
+            state[name] = as_laid_out(p, x, torch.float32)
+        shown = self.state if self.regularize[j] else ('step',)
+        state.update({name: self.state[name][j] for name in shown})
+        self.tensors.set_moments(j, *(state[name] for name in MOMENTS))
+        self.started[j] = True
+
+    def warn_of_zeros(self, consequence):
+        """Warn of new tensors whose R is 0, which a bound or target relative to it would crush."""
+        for p, flag, zero in zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True):
+            if flag and zero and p.numel() and not self.states.get(p):
+                name = self.optimizer.name_of(p)
+                warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
+
+    def is_stale(self):
+        """Whether the optimizer's state was replaced or cleared, or a parameter has moved."""
+        states = self.optimizer.state
+        replaced = self.states is not states or sum(self.started) > len(states)
+        return replaced or self.tensors.have_moved(self.params)
+
+    def set_grads(self):
+        """Take the gradients of this step; start the parameters that have their first. Any?"""
+        grads = [p.grad for p in self.params]
+        for j, grad in enumerate(grads):
+            if grad is not None and grad.layout is not torch.strided:
+                name = self.optimizer.name_of(self.params[j])
+                raise RuntimeError(f'{name} has a sparse gradient: make it dense')
+            if grad is not None and not self.started[j]:
+                self._start(j)
+        self.tensors.set_grads(grads)
+        has_grad = [grad is not None for grad in grads]
+        if has_grad != self._has_grad:
+            self._has_grad, self.has_grad = has_grad, torch.tensor(has_grad, device=self.device)
+        return any(has_grad)
+
+    def measure(self, grads=False, R=False):
+        """Find the gradients' sum of squares and R, of whole tensors: one all-reduce for shards."""
+        sums, found_inf = {}, getattr(self.optimizer, 'found_inf', None)  # GradScaler sets it
+        if grads and found_inf is not None:
+            sums['found_inf'] = found_inf.to(self.numel).reshape(())
+        if grads and self.optimizer.max_grad_norm is not None:
+            sums['grad_squares'] = self.kernels.grad_squares(self.tensors).sum()
+        if R and self.decides:
+            sums['reg_sums'] = self.kernels.reg_sums(self.tensors)
+        if self.shard_groups and sums:
+            dtensor.all_reduce_(sums, self.shard_groups)
+        self.found_inf, self.grad_squares = sums.get('found_inf'), sums.get('grad_squares')
+        if R and self.decides:
+            self.R, total = sums['reg_sums'].unbind()
+            if self.tensors.reg_function == 'std':
+                self.mean = total / self.numel
+                squares = self.R - self.numel * self.mean.square()
+                squares = torch.where(squares > 1e-6 * self.R, squares, 0.0)  # else it is rounding
+                self.R = (squares / (self.numel - 1).clamp(min=1)).sqrt()
+
+    def begin(self, grad_coef, proceed):
+        """Count the step where it goes ahead, and fill in all that Adam's pass needs but d_j."""
+        lr, betas, eps = (self.group[name] for name in ('lr', 'betas', 'eps'))
+        if (betas, eps) != self._adam:
+            self._adam = betas, eps
+            values = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
+            for place, value in zip(self.hyper[1:], values, strict=True):
+                place.fill_(value)
+            for place, beta in zip(self.log_betas, betas, strict=True):
+                place.fill_(math.log(beta) if beta else -math.inf)
+        self.lr.copy_(lr.reshape(())) if torch.is_tensor(lr) else self.lr.fill_(lr)
+        self.grad_coef.copy_(grad_coef)
+        self.proceed = proceed.to(self.device)
+
+        moves, step = self.has_grad & self.proceed, self.state['step']
+        step += moves
+        self.active = self.regularized & moves & self.lr.bool()  # a step at lr = 0 makes states
+        corrections = torch.expm1(step * self.log_betas).neg_()  # 1 - beta^t
+        torch.div(self.lr, corrections[0], out=self.step_size)
+        torch.rsqrt(corrections[1], out=self.rsqrt_bias2)
+
+
+def make_buckets(optimizer):
+    """The buckets of an optimizer's parameters. A parameter belongs to one for good."""
+    buckets = []
+    for group in optimizer.param_groups:
+        flags, together = group['regularize'], {}
+        flags = flags if isinstance(flags, list) else [flags] * len(group['params'])
+        for p, flag in zip(group['params'], flags, strict=True):
+            kind = kernels_for(p, optimizer), p.device, p.dtype, dtensor.shard_groups(p)
+            together.setdefault(kind, []).append((p, flag))
+        buckets += [Bucket(optimizer, group, members, k[0]) for k, members in together.items()]
+    return buckets
+
+
+def kernels_for(parameter, optimizer):
+    """The module of kernels/ that updates a parameter. Raises ValueError where `impl` cannot."""
+    p, impl, auto = dtensor.local(parameter), optimizer.impl, optimizer.impl == 'auto'
+    float32_on_cpu = p.is_cpu and p.dtype == torch.float32
+    if auto:
+        impl = 'triton' if p.is_cuda else 'numba' if float32_on_cpu else 'torch'
+    if impl == 'torch' or not is_dense(p):
+        return plain
+    try:
+        kernels = importlib.import_module('kernels.gpu' if impl == 'triton' else 'kernels.cpu')
+    except ImportError:
+        check(auto, f"impl='{impl}' needs a package: pip install {impl}")
+        return plain
+    if not (float32_on_cpu if impl == 'numba' else p.is_cuda or kernels.INTERPRETED):
+        where = 'float32 on a CPU' if impl == 'numba' else 'a GPU, or TRITON_INTERPRET=1 on a CPU'
+        name = optimizer.name_of(parameter)
+        raise ValueError(f"impl='{impl}' needs {where}; {name} is {p.dtype} on {p.device}")
+    return kernels
+
+
+class SavedState:
+    """A state that an optimizer is about to load, possibly from another optimizer or package."""
+
+    def __init__(self, optimizer):
+        self.kind, self.groups, self.of = type(optimizer).__name__, optimizer.param_groups, {}
+
+    def check(self, _, state_dict):
+        """Raise ValueError where it does not fit; else complete its groups by the optimizer's."""
+        groups = state_dict['param_groups']
+        for name in ('maximize', 'amsgrad'):
+            found = any(group.get(name) for group in groups)
+            check(
+                not found, f'the state was saved with {name}=True, which {self.kind} does not have'
+            )
+        if [len(g['params']) for g in groups] != [len(g['params']) for g in self.groups]:
+            return  # torch says that they do not fit
+        params, ids = ([x for g in gs for x in g['params']] for gs in (self.groups, groups))
+        for p, i in zip(params, ids, strict=True):
+            self.of[p] = state = dict(state_dict['state'].get(i, {}))
+            for name in MOMENTS if 'step' in state else ():
+                fits = name in state and state[name].shape == p.shape
+                check(fits, f'{name} of parameter {i} is missing or not of shape {tuple(p.shape)}')
+            if 'lagmul' in state and 'kappa_set' not in state:  # pytorch_cpr marks no bound by 1e6
+                state['kappa_set'] = state['kappa'] != 1e6
+        pairs = zip(self.groups, groups, strict=True)
+        return {**state_dict, 'param_groups': [{**mine, **its} for mine, its in pairs]}
+
+    def restore(self, optimizer):
+        """Set the tensors as they were saved: torch has rounded them to the parameter's dtype."""
+        for p, state in self.of.items():
+            for name, x in state.items():
+                if torch.is_tensor(x):
+                    x = x.detach().to(p.device, copy=True)
+                    optimizer.state[p][name] = dtensor.sharded_like(p, x)
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)

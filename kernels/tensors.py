@@ -1,0 +1,114 @@
+"""The tensors that a pass works on, and for gpu.py and cpu.py where they lie in memory."""
+
+import torch
+
+from kernels.dtensor import local
+
+CHUNK = 8192  # elements that a kernel works on at a time, and whose sums it leaves
+
+
+class Tensors:
+    """n tensors of one dtype on one device. Of DTensors a pass works on this process's shards.
+
+    params, grads, exp_avgs, exp_avg_sqs: lists, an entry a tensor. grads: None without a gradient
+    in this step. exp_avgs, exp_avg_sqs: float32, None until set. reg_function: which R. numel: of
+    all tensors.
+    """
+
+    captured = ()
+
+    def __init__(self, params, reg_function='l2'):
+        self.params, self.reg_function = [local(p.detach()) for p in params], reg_function
+        self.device, self.numel = self.params[0].device, sum(p.numel() for p in self.params)
+        self.grads, self.exp_avgs, self.exp_avg_sqs = ([None] * len(params) for _ in range(3))
+        self._addresses = [p.data_ptr() for p in self.params]
+
+    def have_moved(self, params):
+        return self._addresses != [local(p).data_ptr() for p in params]
+
+    def set_moments(self, j, exp_avg, exp_avg_sq):
+        self.exp_avgs[j], self.exp_avg_sqs[j] = local(exp_avg), local(exp_avg_sq)
+
+    def set_grads(self, grads):
+        """Take the gradients of a step; copy those of another dtype or layout than the weight's."""
+        pairs = zip(self.params, grads, strict=True)
+        self.grads = [g if g is None else as_laid_out(p, local(g), p.dtype) for p, g in pairs]
+
+
+class Table(Tensors):
+    """Dense tensors, whose gradients and moments have the same strides, as a table of addresses.
+
+    addresses: (n, 4) int64 on the device: theta, grad, exp_avg, exp_avg_sq; 0 where there is none.
+    chunks: (c, 3) int64. Each tensor is cut into chunks of CHUNK elements of its memory, the last
+    one shorter and possibly empty: a chunk's tensor, where in it the chunk starts, and its size.
+    first: (n + 1,) int64, a tensor's first chunk. sums, grad_sums: (c, 2) float32, a chunk's part
+    of reg_sums and of grad_squares. captured: memory that CUDA graphs read when they are replayed.
+    """
+
+    def __init__(self, params, reg_function='l2'):
+        super().__init__(params, reg_function)
+        chunks, first = [], [0]
+        for j, p in enumerate(self.params):
+            starts = range(0, max(p.numel(), 1), CHUNK)
+            chunks += [(j, start, min(CHUNK, p.numel() - start)) for start in starts]
+            first.append(len(chunks))
+        self.chunks, self.first = (torch.tensor(x, device=self.device) for x in (chunks, first))
+        sums = torch.zeros(2, len(chunks), 2, dtype=torch.float32, device=self.device)
+        self.sums, self.grad_sums = sums.unbind()
+        self._rows = [[address, 0, 0, 0] for address in self._addresses]
+        self._uploaded, self._spare, self._versions, self.captured = False, None, None, []
+
+    def set_moments(self, j, exp_avg, exp_avg_sq):
+        super().set_moments(j, exp_avg, exp_avg_sq)
+        self._rows[j][2:] = self.exp_avgs[j].data_ptr(), self.exp_avg_sqs[j].data_ptr()
+        self._uploaded = False
+
+    def set_grads(self, grads):
+        super().set_grads(grads)
+        for row, grad in zip(self._rows, self.grads, strict=True):
+            address = 0 if grad is None else grad.data_ptr()
+            if row[1] != address:
+                row[1], self._uploaded = address, False
+        capturing = self.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+        if not self._uploaded:
+            self._upload(capturing)
+        if capturing:
+            self.captured.append(self.addresses)
+
+    def _upload(self, capturing):
+        """Copy the table to the device. A capture cannot allocate host memory: it takes a spare."""
+        if not capturing:
+            host, self._spare = self._pinned(), self._pinned()
+        elif self._spare is None:
+            raise RuntimeError('before another capture, take a step of the optimizer outside of it')
+        else:
+            host, self._spare = self._spare.copy_(torch.tensor(self._rows)), None
+            self.captured.append(host)
+        self.addresses = host.to(self.device, non_blocking=True)
+        self._uploaded = not capturing  # else the copy runs only when the graph is replayed
+
+    def _pinned(self):
+        return torch.tensor(self._rows, pin_memory=self.device.type == 'cuda')
+
+    def sums_are_current(self):
+        """Whether `sums` is of the weights as they are now, as far as PyTorch counts writes."""
+        return self._versions == [p._version for p in self.params]
+
+    def mark_sums_current(self):
+        self._versions = [p._version for p in self.params]
+
+    def mark_written(self):
+        """Count the write of a kernel, for autograd and for `sums_are_current`."""
+        written = [p for p, g in zip(self.params, self.grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(written)
+
+
+def is_dense(x):
+    """Whether the elements of x fill its memory, each at a place of its own."""
+    return x.is_contiguous() or x.stride() == torch.empty_like(x, device='meta').stride()
+
+
+def as_laid_out(p, x, dtype):
+    """x, or a copy of it in this dtype with the strides that p has."""
+    same = x.stride() == p.stride() or x.is_contiguous() and p.is_contiguous()
+    return x if same and x.dtype == dtype else torch.empty_like(p, dtype=dtype).copy_(x)
