@@ -1,6 +1,6 @@
-"""Reading and writing ckpt.pt: always whole, whatever kills the process while it is written.
+"""Read and write ckpt.pt. The file is complete at any moment, even if the process is killed.
 
-Beside it stand the checkpoints before it, ckpt.1.pt the younger, ckpt.2.pt the older, as many as are kept.
+Older checkpoints stand beside it: ckpt.1.pt is the youngest of them, ckpt.2.pt the next.
 """
 
 import glob
@@ -18,11 +18,14 @@ from runtime import fail
 
 
 def save(path, checkpoint, keep=None):
-    """Write `checkpoint` (a dict that torch.load(weights_only=True) accepts) to `path`, or leave `path` as it is.
+    """Write `checkpoint` to `path`, or leave `path` as it is.
 
-    The bytes go to a temporary file beside it, are flushed to the disk, and only then take the name: a kill or a
-    full disk at any moment leaves the previous checkpoint. keep: how many there are to be then, this one included;
-    None: `path` is no run's, what stands beside it is left alone. Raises OSError where it could not be written.
+    The bytes go to a temporary file, are flushed to the disk, and only then take the name.
+    A kill or a full disk leaves the previous checkpoint in place.
+
+    checkpoint: a dict that torch.load(weights_only=True) accepts.
+    keep: the number of checkpoints to keep, this one included. None leaves older files alone.
+    Raises OSError if the file cannot be written.
     """
     temporary = f'{path}.tmp'
     try:
@@ -52,9 +55,10 @@ def _older(path, i):
 
 
 def _before(path):
-    """(number, file) of the checkpoints before `path`, the younger first.
+    """Return (number, file) of each checkpoint before `path`, the youngest first.
 
-    They are numbered without a gap, but that a kill in _move_on leaves one of one: ckpt.5000.pt is somebody's own.
+    The numbers run from 1 with gaps of at most one, which a kill in _move_on leaves.
+    A file beyond a larger gap, such as ckpt.5000.pt, belongs to the user.
     """
     found, i = [], 1
     while any(os.path.exists(_older(path, j)) for j in (i, i + 1)):
@@ -65,9 +69,12 @@ def _before(path):
 
 
 def _move_on(path, keep):
-    """ckpt.1.pt becomes ckpt.2.pt and so on; ckpt.pt gets the name ckpt.1.pt besides its own, so that it always is."""
+    """Rename ckpt.1.pt to ckpt.2.pt and so on, and link ckpt.pt as ckpt.1.pt.
+
+    A link, because ckpt.pt must exist at any moment.
+    """
     for i, old in _before(path):
-        if i >= keep:  # of a time when more were kept
+        if i >= keep:  # left from a run that kept more
             os.unlink(old)
     for i in reversed(range(1, keep)):
         if i > 1 and os.path.exists(_older(path, i - 1)):
@@ -81,9 +88,9 @@ def _move_on(path, keep):
 
 
 class Writer:
-    """Writes the checkpoints of a run to `path`, the last `keep` of them, in a thread of its own.
+    """Write a run's checkpoints to `path` in a thread, and keep the last `keep` of them.
 
-    save() and wait() raise OSError where the checkpoint saved last could not be written.
+    save() and wait() raise OSError if the previous checkpoint could not be written.
     """
 
     def __init__(self, path, keep):
@@ -91,7 +98,10 @@ class Writer:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
 
     def save(self, checkpoint):
-        """Have `checkpoint` written, once the one before is. Its tensors must not be written from here on."""
+        """Write `checkpoint` in the background, after the previous one is written.
+
+        The caller must not change its tensors afterwards.
+        """
         self.wait()
         self.pending = self.pool.submit(save, self.path, checkpoint, self.keep)
 
@@ -102,7 +112,7 @@ class Writer:
 
 
 def folders(path):
-    """The checkpoint folders beside `path` (folders.py) that were written to their end, the newest first."""
+    """Return the complete checkpoint folders (folders.py) beside `path`, the newest first."""
     beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), 'ckpt-*', '.metadata'))
     numbered = {f: f.rpartition('-')[2] for f in map(os.path.dirname, beside)}
     return sorted(
@@ -113,22 +123,24 @@ def folders(path):
 
 
 def all_of(path):
-    """The checkpoints of the run whose newest file is `path`: it, those before it, and folders; the newest first."""
+    """Return all checkpoints of a run, files and folders, the newest first.
+
+    path: the run's newest file.
+    """
     files = [f for f in (path, *(old for _, old in _before(path))) if os.path.isfile(f)]
     beside = folders(path)
-    if (
-        files
-        and beside
-        and os.path.getmtime(os.path.join(beside[0], '.metadata')) < os.path.getmtime(files[0])
-    ):
-        return files + beside
+    if files and beside:
+        completed = os.path.getmtime(os.path.join(beside[0], '.metadata'))
+        if completed < os.path.getmtime(files[0]):
+            return files + beside
     return beside + files
 
 
 def newest(path):
-    """(the newest whole checkpoint of the run whose file is `path`, {newer one: why it cannot be used}).
+    """Return (a run's newest intact checkpoint, {newer checkpoint: why it cannot be used}).
 
-    Reads files through: torch.load would take a tensor's bytes as they are. Fails where all there are are damaged.
+    Reads each file through, because torch.load does not verify the checksums of tensors.
+    Fails if every checkpoint is damaged.
     """
     reasons = {}
     for candidate in all_of(path):
@@ -137,16 +149,22 @@ def newest(path):
             return candidate, reasons
         reasons[candidate] = reason
     for damaged, reason in reasons.items():
-        fail(
-            f'{damaged} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew'
-        )
-    return path, {}  # there is none: what load() says of it is all there is to say
+        fail(_unreadable(damaged, reason))
+    return path, {}  # there is no checkpoint: load() says so
+
+
+def _unreadable(path, reason):
+    problem = f'{path} is not a readable checkpoint, it may be cut off ({reason})'
+    return f'{problem}; restore it or start anew'
 
 
 def damage(path):
-    """Why the checkpoint at `path` cannot be used, or None. Reads a file through, of a folder's parts the lengths."""
+    """Return why the checkpoint at `path` cannot be used, or None.
+
+    Reads a file through. Of a folder's tensor files it checks only the lengths.
+    """
     if os.path.isdir(path):
-        import folders  # here, because only a run that has folders needs what they are made with
+        import folders  # here: only runs with folders need torch.distributed.checkpoint
 
         return folders.damage(path)
     try:
@@ -158,7 +176,7 @@ def damage(path):
 
 
 def put_aside(path):
-    """Make room for another run's checkpoints: the newest there is becomes NAME.old, those before it go."""
+    """Make room for another run: rename the newest checkpoint to NAME.old, delete the others."""
     for i, old in enumerate(all_of(path)):
         if i == 0:
             _remove(f'{old}.old')
@@ -175,7 +193,10 @@ def _remove(path):
 
 
 def put_in_place(path, used, damaged):
-    """Have `used` be the newest checkpoint, `path` if it is a file: the `damaged` ones become NAME.damaged."""
+    """Make `used` the newest checkpoint and rename each of `damaged` to NAME.damaged.
+
+    If `used` is a file it becomes `path`.
+    """
     for name in damaged:
         _remove(f'{name}.damaged')
         os.replace(name, f'{name}.damaged')
@@ -184,62 +205,56 @@ def put_in_place(path, used, damaged):
 
 
 def is_at(path):
-    """Whether there is a file, which may be a checkpoint, or a checkpoint folder."""
+    """Return whether `path` is a file or a checkpoint folder."""
     return os.path.isfile(path) or os.path.isfile(os.path.join(path, 'run.pt'))
 
 
 def load(path, checked=False):
-    """The dict that save() wrote, or nanoGPT; of a folder (folders.py) what is not in its parts: no 'model', no
-    'optimizer'. Fails where there is none or it is damaged. checked: newest() has found it whole."""
-    in_parts = os.path.isdir(path)
+    """Return the dict that save() or nanoGPT wrote.
+
+    Of a folder (folders.py) the dict lacks 'model' and 'optimizer', whose tensors lie elsewhere.
+    checked: newest() has found the checkpoint intact.
+    Fails if there is no checkpoint or it is damaged.
+    """
+    is_folder = os.path.isdir(path)
     if not is_at(path):
-        fail(
-            f'there is no checkpoint at {path}; train one first, or use --init_from=auto to start where there is none'
-        )
+        fail(f'there is no checkpoint at {path}; train one first, or start with --init_from=auto')
     reason = None if checked else damage(path)
     if reason:
-        fail(
-            f'{path} is not a readable checkpoint, it may be cut off ({reason}); take another, or start anew'
-        )
-    path = os.path.join(path, 'run.pt') if in_parts else path
+        fail(_unreadable(path, reason))
+    path = os.path.join(path, 'run.pt') if is_folder else path
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        model = {} if in_parts else checkpoint['model']
+        model = {} if is_folder else checkpoint['model']
         missing = {'model_args', 'iter_num', 'best_val_loss', 'config'} - checkpoint.keys()
         for key in {'model', 'model_args', 'config'} & checkpoint.keys():
             checkpoint[key].items()
-    except (
-        Exception
-    ) as e:  # what torch.load raises on a damaged file depends on where the damage is
+    except Exception as e:  # its type depends on where the damage is
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if isinstance(
-            e, pickle.UnpicklingError
-        ):  # whose advice, to load what it may be all the same, is none for here
+        if isinstance(e, pickle.UnpicklingError):  # torch's message advises weights_only=False
             reason = 'it does not hold what torch.save writes of tensors'
-        fail(
-            f'{path} is not a readable checkpoint, it may be cut off ({reason}); restore it or start anew'
-        )
+        fail(_unreadable(path, reason))
     if missing:
         fail(f'{path} lacks {", ".join(sorted(missing))}: it is not a checkpoint of train.py')
-    # torch.compile puts its name before each parameter's; nanoGPT saves the compiled model's names at times
-    if not in_parts:
-        checkpoint['model'] = {
-            name.removeprefix('_orig_mod.'): tensor for name, tensor in model.items()
-        }
+    # nanoGPT may save the names of the compiled model, which torch.compile prefixes
+    if not is_folder:
+        checkpoint['model'] = {k.removeprefix('_orig_mod.'): v for k, v in model.items()}
     return checkpoint
 
 
 def load_model(path):
-    """The GPT of the checkpoint at `path`, and what load() gives. Fails where they are none, or do not fit."""
+    """Return the GPT of the checkpoint at `path`, and the dict that load() returns.
+
+    Fails if the checkpoint is a folder, cannot be read, or does not fit a GPT.
+    """
     saved = load(path)
     if 'model' not in saved:
-        fail(f'{path} is in parts; make one file of it: python folders.py {path} ckpt.pt')
+        fail(f'{path} is a folder; convert it: python folders.py {path} ckpt.pt')
     try:
         model = GPT(GPTConfig(**saved['model_args']))
         model.load_state_dict(saved['model'])
     except (TypeError, ValueError, RuntimeError) as e:
         reason = shorten(str(e), 160)  # torch lists every tensor that does not fit
-        fail(
-            f'{path} does not hold a model of this program ({reason}); use the program that trained it'
-        )
+        problem = f'{path} does not hold a model of this program ({reason})'
+        fail(f'{problem}; use the program that trained it')
     return model, saved

@@ -1,9 +1,10 @@
-"""A script's settings are its plain globals; config files and --key=value on the command line override them.
+"""Override a script's settings, its plain globals, from config files and --key=value arguments.
 
     python train.py config/train_char_cpr.py --batch_size=32 --compile=False
 
-Arguments count in the order given, the later one wins. A config file is Python: assignments to settings, which may use
-the ones that stand before them. A value must have the type of the setting's default; an int is taken for a float.
+The last argument that sets a key wins. A config file is Python: it assigns settings and may use
+those assigned before. A value must have the type of the setting's default, but an int may stand
+for a float.
 """
 
 import ast
@@ -19,18 +20,18 @@ from runtime import fail
 
 
 def configure(namespace, argv=None):
-    """Override the settings in `namespace` (a script's globals()) from `argv` (sys.argv[1:]) in place.
+    """Override the settings in `namespace` from `argv`, in place.
 
-    The settings are the names without a leading underscore whose values are bool, int, float or str. Prints them and
-    leaves with status 0 on --help; fails on an unknown setting, a value of another type, a config file that is not
-    there or does not run. Returns (settings, given): all settings by name, and the names that argv or a file set.
+    namespace: a script's globals(). Its settings are the bool, int, float and str values whose
+    names have no leading underscore. argv: by default sys.argv[1:].
+    Returns (settings, given): {name: value} of all settings, and the set of names that were given.
+
+    On --help it prints the settings and exits with status 0. Fails on an unknown setting, a value
+    of the wrong type, and a config file that is missing or does not run.
     """
     argv = sys.argv[1:] if argv is None else argv
-    settings = {
-        k: v
-        for k, v in namespace.items()
-        if not k.startswith('_') and type(v) in (bool, int, float, str)
-    }
+    public = {k: v for k, v in namespace.items() if not k.startswith('_')}
+    settings = {k: v for k, v in public.items() if type(v) in (bool, int, float, str)}
     if '--help' in argv or '-h' in argv:
         print(_help(namespace['__file__'], settings))
         raise SystemExit(0)
@@ -52,43 +53,33 @@ def _parse(argument):
 
 
 class _Text(str):
-    """A value from the command line: what it means depends on the setting's type."""
+    """A value from the command line, still to be parsed by the setting's type."""
 
 
 def _run(path, settings):
-    """The names that the config file at `path` assigns; it sees the settings as they are so far."""
+    """Run the config file at `path`, which sees `settings`, and return {name: value} it assigns."""
     if not os.path.isfile(path):
-        known = (
-            [os.path.join('config', f) for f in os.listdir('config')]
-            if os.path.isdir('config')
-            else []
-        )
+        files = os.listdir('config') if os.path.isdir('config') else []
+        known = [os.path.join('config', f) for f in files]
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         hint = f'; did you mean {close[0]}?' if close else '; settings are written --key=value'
         fail(f"there is no config file '{path}'{hint}")
-    assigned = {}  # a module's assignments go to its locals: here they are exactly what the file sets
+    assigned = {}  # exec() puts a file's assignments into its locals
     with open(path, encoding='utf-8') as f:
         try:
             exec(compile(f.read(), path, 'exec'), dict(settings), assigned)
         except (Exception, SystemExit) as e:  # whatever the user's file raises
             fail(f'config file {path} does not run: {type(e).__name__}: {e}')
-    return {
-        key: value
-        for key, value in assigned.items()
-        if not key.startswith('_')
-        and not isinstance(value, types.ModuleType)
-        and not callable(value)
-    }
+    public = {k: v for k, v in assigned.items() if not k.startswith('_')}
+    return {k: v for k, v in public.items() if not (callable(v) or isinstance(v, types.ModuleType))}
 
 
 def _checked(key, value, settings, source):
-    """`value` as a value of setting `key`, or a failure that says what it should have been."""
+    """Return `value` converted to the type of setting `key`. Fails if it does not fit."""
     if key not in settings:
         close = difflib.get_close_matches(key, settings, n=1)
-        fail(
-            f"unknown setting '{key}' in {source}"
-            + (f"; did you mean '{close[0]}'?" if close else '; --help lists all settings')
-        )
+        hint = f"did you mean '{close[0]}'?" if close else '--help lists all settings'
+        fail(f"unknown setting '{key}' in {source}; {hint}")
     wanted = type(settings[key])
     if isinstance(value, _Text):
         text, value = value, str(value)
@@ -96,23 +87,21 @@ def _checked(key, value, settings, source):
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                pass  # not a literal: a string, which the check below refuses
+                pass  # no literal: the value stays a string, which the check below refuses
     if wanted is float and type(value) is int:
-        value = float(str(value))  # one too large becomes infinite, which check() refuses
+        value = float(str(value))  # an int too large becomes infinite, which check() refuses
     if type(value) is not wanted:
-        kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}[
-            wanted
-        ]
-        fail(
-            f'{key}={value!r} in {source}: {key} must be {kind}, like its default {settings[key]!r}'
-        )
+        kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}
+        expected = f'{kinds[wanted]}, like its default {settings[key]!r}'
+        fail(f'{key}={value!r} in {source}: {key} must be {expected}')
     return value
 
 
 def check(settings, limits):
-    """Fail on the first setting that breaks its limit, or is not a finite number.
+    """Fail on the first setting that breaks its limit or is not finite.
 
-    limits: {'>= 1' | '>= 0' | 'in [0, 1)' | 'in [0, 1]' | 'one of A B ...': names of settings, separated by blanks}
+    limits: {limit: names of settings, separated by blanks}. A limit is '>= 1', '>= 0',
+    'in [0, 1)', 'in [0, 1]' or 'one of A B ...'.
     """
     holds = {
         '>= 1': lambda x: x >= 1,
@@ -132,7 +121,7 @@ def check(settings, limits):
 
 
 def _help(script, settings):
-    """Every setting with its default and the comment beside it, under the headings that stand in the source."""
+    """Return the help text: each setting, its default and comment, under the source's headings."""
     with open(script, encoding='utf-8') as f:
         source = f.read()
     comments = {
@@ -140,24 +129,18 @@ def _help(script, settings):
         for t in tokenize.generate_tokens(io.StringIO(source).readline)
         if t.type == tokenize.COMMENT
     }
-    lines = [
-        f'usage: python {os.path.basename(script)} [CONFIG_FILE | --key=value] ...   the later one wins',
-        '',
-    ]
+    name = os.path.basename(script)
+    lines = [f'usage: python {name} [CONFIG_FILE | --key=value] ...   the later one wins', '']
     shown = set()
     for node in ast.parse(source).body:
-        names = [
-            t.id
-            for t in getattr(node, 'targets', [])
-            if isinstance(t, ast.Name) and t.id in settings
-        ]
+        assigned = [t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)]
+        names = [name for name in assigned if name in settings]
         if not names or names[0] in shown:
             continue
         shown.update(names)
-        if (
-            comments.get(node.lineno - 1, (1, ''))[0] == 0
-        ):  # a line of its own above a setting heads the next ones
-            lines += ['', comments[node.lineno - 1][1]]
+        column, heading = comments.get(node.lineno - 1, (1, ''))
+        if column == 0:  # a comment line above a setting is a heading
+            lines += ['', heading]
         note = comments.get(node.end_lineno, (0, ''))[1]
         lines += [f'  --{name}={settings[name]!r}'.ljust(44) + note for name in names]
     return '\n'.join(line.rstrip() for line in lines)

@@ -1,10 +1,13 @@
-"""A trained model as a folder of Hugging Face transformers: config, weights in safetensors, and the tokenizer.
+"""Export a trained model as a folder for Hugging Face transformers.
 
     python export.py out-gpt2-cpr hf-gpt2-cpr
-    python -c "from transformers import pipeline; print(pipeline('text-generation', 'hf-gpt2-cpr')('Once'))"
 
-OUT_DIR is a run's, or the path of a checkpoint. The folder opens with GPT2LMHeadModel.from_pretrained, and train.py and
-sample.py take it as --init_from. Biases that the model does not have become zeros, which compute the same.
+    from transformers import pipeline
+    print(pipeline('text-generation', 'hf-gpt2-cpr')('Once'))
+
+OUT_DIR is the out_dir of a run or the path of a checkpoint. The folder HF_DIR holds the config, the
+weights in safetensors, and the tokenizer. GPT2LMHeadModel.from_pretrained reads it, and train.py
+and sample.py take it as --init_from. Biases that the model lacks are exported as zeros.
 """
 
 import os
@@ -20,7 +23,10 @@ from runtime import fail
 
 
 def model_of(gpt, end):
-    """transformers.GPT2LMHeadModel with the weights of `gpt`, a GPT.  end: id of the end-of-text token, or None."""
+    """Return a transformers.GPT2LMHeadModel with the weights of `gpt`, a GPT.
+
+    end: the id of the end-of-text token, or None.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     own = gpt.config
@@ -46,31 +52,29 @@ def model_of(gpt, end):
         else:
             state[name] = weights[name].t() if is_conv1d(name) else weights[name]
     theirs.load_state_dict(state)
-    # what the pipeline generates unless told otherwise, 256 tokens, may be more than the model has positions for
+    # the pipeline generates 256 tokens by default, which may exceed the model's positions
     theirs.generation_config.max_new_tokens = min(256, own.block_size // 2)
     return theirs
 
 
 def tokenizer_for_transformers(tokens, block_size):
-    """The PreTrainedTokenizerFast that encodes and decodes as `tokens`, one of data/prepare.py's, does."""
+    """Return a PreTrainedTokenizerFast equivalent to `tokens`, a tokenizer of data/prepare.py."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     special = {}
     if tokens.meta['tokenizer'] == 'char':
-        converted = Tokenizer(
-            models.BPE(vocab={c: i for i, c in enumerate(tokens.itos)}, merges=[])
-        )
+        ids = {c: i for i, c in enumerate(tokens.itos)}
+        converted = Tokenizer(models.BPE(vocab=ids, merges=[]))
         converted.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), behavior='isolated')
         converted.decoder = decoders.Fuse()
     else:
         name = '<|endoftext|>'
         special = {'bos_token': name, 'eos_token': name, 'unk_token': name}
         converter = TikTokenConverter(pattern=tokens.pattern, extra_special_tokens=[name])
-        converter.load_tiktoken_bpe = lambda _: (
-            tokens.encoding._mergeable_ranks
-        )  # they are in memory already
+        ranks = tokens.encoding._mergeable_ranks  # in memory already: no need to read a file
+        converter.load_tiktoken_bpe = lambda _: ranks
         converted = converter.converted()
     return PreTrainedTokenizerFast(
         tokenizer_object=converted,
@@ -83,16 +87,16 @@ def tokenizer_for_transformers(tokens, block_size):
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
     arguments.add_argument('out_dir', metavar='OUT_DIR')
-    arguments.add_argument(
-        'hf_dir', metavar='HF_DIR', type=Path, help='is made; it must not be there yet'
-    )
+    arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='must not exist yet')
     arguments.add_bpe_file()
     args = arguments.parse_args()
     temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')
     for folder in (args.hf_dir, temporary):
         if folder.exists():
             fail(f'{folder} is there already; name another folder, or remove it')
-    path = args.out_dir if checkpoint.is_at(args.out_dir) else os.path.join(args.out_dir, 'ckpt.pt')
+    path = args.out_dir
+    if not checkpoint.is_at(path):
+        path = os.path.join(args.out_dir, 'ckpt.pt')
     gpt, saved = checkpoint.load_model(path)
     tokens = tokenizer_of(path, saved, args.bpe_file)
     try:
@@ -101,7 +105,7 @@ if __name__ == '__main__':
         os.replace(temporary, args.hf_dir)
     except ImportError as e:
         fail(f'{e.name} is not installed; run: pip install transformers')
-    except Exception as e:  # of the disk: safetensors has its own
+    except Exception as e:  # disk errors: safetensors raises its own types
         fail(f'cannot write {args.hf_dir} ({e}); make room, or choose another folder')
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

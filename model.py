@@ -1,6 +1,6 @@
-"""GPT-2: the model (Radford et al. 2019), and loading GPT-2 weights in the format of Hugging Face transformers.
+"""Define GPT-2 (Radford et al. 2019) and load its weights from Hugging Face transformers.
 
-Classes, modules and parameters carry nanoGPT's names, so that state dicts of the two programs are interchangeable.
+Classes, modules and parameters have nanoGPT's names, so the two programs can exchange state dicts.
 Shapes in comments: B sequences, T tokens each, C = n_embd channels, V = vocab_size.
 """
 
@@ -16,29 +16,26 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT; ValueError where no GPT can have them."""
+    """Hold the sizes of a GPT. Raises ValueError if no GPT can have them."""
 
     block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int = (
-        50304  # GPT-2's 50257 rounded up to a multiple of 64, which matrix products like
-    )
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, for fast products
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm, as GPT-2; False is a little better and faster
-    gelu_approximate: str = (
-        'none'  # nn.GELU's: nanoGPT trains with the exact GELU, GPT-2 was trained with 'tanh'
-    )
+    gelu_approximate: str = 'none'  # nn.GELU's argument: nanoGPT has 'none', GPT-2 has 'tanh'
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
         if self.n_embd % self.n_head:
+            multiple = self.n_head * math.ceil(self.n_embd / self.n_head)
             raise ValueError(
-                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes an equal '
-                f'share of the channels; set n_embd={self.n_head * math.ceil(self.n_embd / self.n_head)}'
+                f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: each head takes '
+                f'an equal share of the channels; set n_embd={multiple}'
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout={self.dropout} must be at least 0 and less than 1')
@@ -46,7 +43,10 @@ class GPTConfig:
             raise ValueError(f"gelu_approximate='{self.gelu_approximate}' must be 'none' or 'tanh'")
 
     def model_args(self):
-        """The dict that a checkpoint keeps. nanoGPT's GPTConfig takes it too, unless the model needs GPT-2's GELU."""
+        """Return the dict that a checkpoint keeps.
+
+        nanoGPT's GPTConfig accepts it, unless the model needs GPT-2's GELU.
+        """
         args = asdict(self)
         if self.gelu_approximate == 'none':
             del args['gelu_approximate']
@@ -54,7 +54,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.Module):
-    """nn.LayerNorm over the last dimension of `ndim` channels, under nanoGPT's signature."""
+    """Normalize the last dimension, of `ndim` channels. The signature is nanoGPT's."""
 
     def __init__(self, ndim, bias):
         super().__init__()
@@ -68,9 +68,8 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd, bias=config.bias
-        )  # queries, keys, values
+        # queries, keys, values
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
@@ -79,19 +78,16 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
-        q, k, v = (
-            y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-            for y in self.c_attn(x).split(C, dim=2)
-        )
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 def _drop_causal_mask(module, state_dict, prefix, *_):
-    """Checkpoints of older programs hold the causal mask as buffers of the attention; nothing here needs it."""
+    """Drop the causal masks that older programs save as buffers of the attention."""
     for buffer in ('bias', 'masked_bias'):
         state_dict.pop(prefix + buffer, None)
 
@@ -138,7 +134,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied (Press & Wolf 2017)
 
         self.apply(self._init_weights)
-        # each block adds two projections to the residual stream: GPT-2 keeps the variance of their sum
+        # each block adds two projections to the residual stream; this keeps their sum's variance
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -151,18 +147,17 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None):
-        """Logits and, where there are targets, the loss.
+        """Compute the logits and, with targets, the loss.
 
-        idx: (B, T) token ids, T <= block_size (ValueError where it is longer).
-        targets: (B, T) ids of the tokens that follow, -1 where none counts; or None.
-        Returns ((B, T, V) logits, mean cross entropy in nats a token) with targets, and without them
-        ((B, 1, V) logits of the last position, None): generation needs no more.
+        idx: (B, T) token ids. Raises ValueError if T > block_size.
+        targets: (B, T) ids of the tokens that follow, -1 to ignore a position; or None.
+        Returns ((B, T, V) logits, mean cross entropy in nats a token) with targets. Without them
+        it returns ((B, 1, V) logits of the last position, None), which generation needs.
         """
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(
-                f'a sequence of {T} tokens is longer than block_size={self.config.block_size}'
-            )
+            limit = self.config.block_size
+            raise ValueError(f'a sequence of {T} tokens is longer than block_size={limit}')
         positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block in self.transformer.h:
@@ -174,17 +169,18 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; without the position embeddings unless non_embedding=False.
+        """Count the parameters, without the position embeddings unless non_embedding=False.
 
-        The token embeddings count always: tied, they are the weights of the last layer.
+        The token embeddings always count, because they are also the weights of the last layer.
         """
         n = sum(p.numel() for p in self.parameters())
         return n - self.transformer.wpe.weight.numel() if non_embedding else n
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops):
-        """Model FLOPs utilization: the share of peak_flops (FLOP/s) that an iteration of dt seconds makes use of.
+        """Return the model FLOPs utilization: the share of peak_flops that an iteration uses.
 
-        fwdbwd_per_iter: sequences of block_size tokens that the iteration takes forward and backward.
+        fwdbwd_per_iter: sequences of block_size tokens that go forward and backward.
+        dt: duration of the iteration in seconds. peak_flops: FLOP/s.
         A token costs 6 N + 12 L H Q T FLOPs (PaLM, arXiv 2204.02311, Appendix B).
         """
         N, L, T = self.get_num_params(), self.config.n_layer, self.config.block_size
@@ -193,11 +189,14 @@ class GPT(nn.Module):
         return flops_per_iter / dt / peak_flops
 
     def crop_block_size(self, block_size):
-        """Shorten the longest sequence, e.g. to fine-tune GPT-2 (1024) on less memory. ValueError where it grows."""
+        """Shorten the longest sequence, for example to fine-tune GPT-2 (1024) in less memory.
+
+        Raises ValueError if block_size is larger than the model's.
+        """
         if block_size > self.config.block_size:
             raise ValueError(
                 f'block_size={block_size} is more than the {self.config.block_size} the model has; '
-                f'it can only be cropped'
+                'it can only be cropped'
             )
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
@@ -206,11 +205,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Yield the tokens that continue idx, one position at a time, each (B, 1), as they are sampled.
+        """Sample the tokens that continue idx and yield each position, (B, 1), as it is drawn.
 
-        idx: (B, T) token ids, T >= 1; the last block_size of them are what the model sees.
-        temperature: divides the logits; 0 takes the likeliest token. top_k: samples from the k likeliest tokens only.
-        ValueError, at the first token asked for, where an argument is none of these.
+        idx: (B, T) token ids, T >= 1. The model sees the last block_size of them.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample from the k likeliest tokens only.
+        Raises ValueError, at the first token, if an argument is out of range.
         """
         if not temperature >= 0:
             raise ValueError(f'temperature={temperature} must be at least 0')
@@ -233,63 +233,61 @@ class GPT(nn.Module):
             yield token
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) and the max_new_tokens tokens that stream() continues it with: (B, T + max_new_tokens)."""
+        """Return idx (B, T) continued by stream(): (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, override_args=None):
-        """GPT with the weights of a GPT-2 in transformers' format, in float32.
+        """Return a float32 GPT with the weights of a GPT-2 in transformers' format.
 
-        name_or_folder: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 on the hub, or a local folder
-        with config.json and model.safetensors (in one or several files) or pytorch_model.bin.
-        override_args: {'dropout': float} or None. Its logits are those of transformers.GPT2LMHeadModel.
-        ValueError where the model cannot be had or is not one that this class can be.
+        name_or_folder: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', another GPT-2 on the hub, or
+            a local folder with config.json and model.safetensors (one file or several) or
+            pytorch_model.bin.
+        override_args: {'dropout': float} or None.
+        Its logits equal those of transformers.GPT2LMHeadModel. Raises ValueError if the model
+        cannot be loaded or this class cannot compute it.
         """
         override_args = override_args or {}
         if override_args.keys() - {'dropout'}:
-            raise ValueError(
-                f'only dropout can be overridden in a pretrained model, not {", ".join(override_args)}'
-            )
+            names = ', '.join(override_args)
+            raise ValueError(f'only dropout can be overridden in a pretrained model, not {names}')
         config = _config_of(_load(_find(name_or_folder, 'config.json')), name_or_folder)
         model = cls(replace(config, **override_args))
 
-        weights = {
-            name.removeprefix('transformer.'): w
-            for name, w in _read_weights(name_or_folder).items()
-        }
-        own = model.state_dict()
+        weights = _read_weights(name_or_folder)
+        weights = {name.removeprefix('transformer.'): w for name, w in weights.items()}
         state = {}
-        for name in own:
-            theirs = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
-            if theirs not in weights:
-                raise ValueError(
-                    f'{name_or_folder} is not a complete GPT-2: it lacks the weights {theirs}'
-                )
-            state[name] = weights[theirs].t() if is_conv1d(theirs) else weights[theirs]
-            if state[name].shape != own[name].shape:
-                raise ValueError(
-                    f'{name_or_folder} contradicts its config.json: {theirs} is of shape '
-                    f'{tuple(weights[theirs].shape)}'
-                )
+        for name, tensor in model.state_dict().items():
+            key = 'wte.weight' if name == 'lm_head.weight' else name.removeprefix('transformer.')
+            if key not in weights:
+                problem = f'is not a complete GPT-2: it lacks the weights {key}'
+                raise ValueError(f'{name_or_folder} {problem}')
+            state[name] = weights[key].t() if is_conv1d(key) else weights[key]
+            if state[name].shape != tensor.shape:
+                shape = tuple(weights[key].shape)
+                problem = f'contradicts its config.json: {key} is of shape {shape}'
+                raise ValueError(f'{name_or_folder} {problem}')
         model.load_state_dict(state)
         return model
 
 
-# transformers' names of the two activations that GPT-2s have, as nn.GELU's argument
+# nn.GELU's argument for transformers' names of GPT-2's activations
 GELU_APPROXIMATE = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 
 def is_conv1d(name):
-    """Whether transformers has the parameter in a Conv1D, which multiplies from the right: a Linear's, transposed."""
+    """Return whether transformers keeps the parameter in a Conv1D, the transpose of a Linear."""
     return name.endswith(('c_attn.weight', 'c_fc.weight', 'c_proj.weight'))
 
 
 def _config_of(hf, name):
-    """GPTConfig for `hf`, the dict of a config.json. ValueError where it asks for what GPT above does not compute."""
-    if hf.get('model_type') != 'gpt2':
-        raise ValueError(
-            f'{name} is no GPT-2: its config.json says model_type={hf.get("model_type")!r}'
-        )
+    """Return the GPTConfig for `hf`, the dict of a config.json.
+
+    Raises ValueError if it asks for something that GPT does not compute.
+    """
+    model_type = hf.get('model_type')
+    if model_type != 'gpt2':
+        raise ValueError(f'{name} is no GPT-2: its config.json says model_type={model_type!r}')
     n_embd = hf.get('n_embd', 768)
     computed = {  # transformers' default first
         'activation_function': tuple(GELU_APPROXIMATE),
@@ -302,9 +300,10 @@ def _config_of(hf, name):
     }
     for key, values in computed.items():
         if hf.get(key, values[0]) not in values:
+            possible = ' or '.join(map(repr, values))
             raise ValueError(
                 f'{name} is a GPT-2 that cannot be loaded: its config.json says {key}={hf[key]!r}, '
-                f'and only {" or ".join(map(repr, values))} is possible here'
+                f'and only {possible} is possible here'
             )
     return GPTConfig(
         block_size=hf.get('n_positions', 1024),
@@ -317,7 +316,7 @@ def _config_of(hf, name):
 
 
 def _read_weights(name):
-    """{parameter name: tensor} of a folder or hub model, from whichever of transformers' files it has."""
+    """Return {parameter name: tensor} of a folder or hub model, in any of transformers' formats."""
     path = _find(name, 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
     if not path.endswith('.index.json'):
         return _load(path)
@@ -328,35 +327,33 @@ def _read_weights(name):
 
 
 def _find(name, *files):
-    """Path of the first of `files` that a local folder has, or a hub model, from which it is downloaded.
+    """Return the path of the first of `files` that exists in a local folder or hub model.
 
-    ValueError where it has none of them, or the hub does not give it.
+    A hub model's file is downloaded. Raises ValueError if there is none or the hub refuses it.
     """
-    nothing = (
-        f'{name} is not a whole model in the format of transformers: it has no {" or ".join(files)}'
-    )
+    wanted = ' or '.join(files)
+    nothing = f'{name} is not a complete model in the format of transformers: it has no {wanted}'
     if os.path.isdir(name):
         for file in files:
             if os.path.isfile(os.path.join(name, file)):
                 return os.path.join(name, file)
         raise ValueError(nothing)
 
-    from huggingface_hub import hf_hub_download  # here, since only this one way to a model needs it
+    from huggingface_hub import hf_hub_download  # here: only models on the hub need it
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in files:
         try:
             return hf_hub_download(name, file)
-        except (
-            LocalEntryNotFoundError
-        ):  # not in the cache, and the hub was not asked: the next file may be there
+        except LocalEntryNotFoundError:  # the hub cannot be reached; the cache may have the next
             nothing = (
-                f'{name} is neither a local folder nor in the cache of the hub, and the hub cannot be reached; '
-                f'give a local folder with the model, or set HF_HOME to a cache that has it'
+                f'{name} is neither a local folder nor in the cache of the hub, and the hub cannot '
+                'be reached; give a local folder with the model, or set HF_HOME to a cache that '
+                'has it'
             )
         except EntryNotFoundError:
             pass
-        except Exception as e:  # an unknown or private model, a name that cannot be one, a proxy: the client has many
+        except Exception as e:  # an unknown or private model, an impossible name, a proxy
             raise ValueError(
                 f'{name} is neither a local folder nor a model that the hub gives '
                 f'({type(e).__name__}); check the name'
@@ -365,7 +362,10 @@ def _find(name, *files):
 
 
 def _load(path):
-    """What a .json, .safetensors or .bin file holds. ValueError where it cannot be read."""
+    """Return the content of a .json, .safetensors or .bin file.
+
+    Raises ValueError if the file cannot be read.
+    """
     try:
         if path.endswith('.json'):
             with open(path, encoding='utf-8') as f:
@@ -375,7 +375,6 @@ def _load(path):
 
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # each of the three readers has its own errors
-        raise ValueError(
-            f'{path} cannot be read, it may be cut off ({type(e).__name__}); get it anew'
-        ) from e
+    except Exception as e:  # each of the three readers raises its own types
+        reason = type(e).__name__
+        raise ValueError(f'{path} cannot be read, it may be cut off ({reason}); get it anew') from e

@@ -1,11 +1,12 @@
-"""Three pictures of one run or of several laid over each other, drawn from the log.jsonl of each and nothing else.
-
-With --watch they are drawn again whenever a log has grown, until Ctrl-C.
+"""Draw three pictures of one or several runs from their log.jsonl.
 
 loss.png    validation and training loss
-ratio.png   the norm of the weights over its norm at the start (AdamWN paper, arXiv 2311.11446, Figure 3)
+ratio.png   the norm of the weights over their norm at the start
+            (AdamWN paper, arXiv 2311.11446, Figure 3)
 tensor.png  one tensor: squared norm and its bound kappa, growth, lambda, and the validation loss
             (CPR paper, arXiv 2311.09058, Figure 5)
+
+--watch draws them again whenever a log has grown, until Ctrl-C.
 """
 
 import argparse
@@ -18,21 +19,19 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import (
-    Figure,
-)  # without pyplot there is no window to open and no display to look for
+from matplotlib.figure import Figure  # instead of pyplot, which looks for a display
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 import runlog
 from runtime import fail
 
-# Okabe and Ito's colours, which readers with any colour vision tell apart; their yellow is too pale for a line
+# Okabe and Ito's colours, distinct under any colour vision. Their yellow is too pale for a line.
 BLUE, VERMILLION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
 ORANGE, SKY, BLACK, GREY = '#E69F00', '#56B4E9', '#000000', '#777777'
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-DASHES = ('-', '-.', ':')  # from the eighth run on the colours come again, in another dash
-KINDS = {  # how a parameter of the GPT ends -> the colour of its line
+DASHES = ('-', '-.', ':')  # the eighth run has the first colour and the second dash
+KINDS = {  # end of a parameter's name -> colour of its line
     'wte': SKY,
     'wpe': PURPLE,
     'attn.c_attn': BLUE,
@@ -43,11 +42,11 @@ KINDS = {  # how a parameter of the GPT ends -> the colour of its line
 }
 OPTIMIZERS = {'adamw': 'AdamW', 'adamcpr': 'AdamCPR', 'adamwn': 'AdamWN'}
 STYLE = {
-    'figure.figsize': (8, 4.5),  # inches; a README shows it about 800 pixels wide
+    'figure.figsize': (8, 4.5),  # inches; a README is about 800 pixels wide
     'figure.constrained_layout.use': True,
     'savefig.dpi': 150,
     'font.size': 11,
-    'text.parse_math': False,  # a folder may have a $ in its name
+    'text.parse_math': False,  # a folder's name may contain $
     'axes.titlesize': 11,
     'legend.fontsize': 10,
     'legend.title_fontsize': 11,
@@ -70,41 +69,37 @@ STYLE = {
 
 @dataclass
 class Run:
-    name: str  # how legends call it
+    name: str  # its name in legends
     style: dict  # colour and dash of its lines, the same in every picture
-    config: dict  # its settings, {} where the log has none
-    entries: (
-        dict  # {kind: {iter: entry}}; of an iteration that stands twice in the log, the later line
-    )
+    config: dict  # its settings, {} if the log has none
+    entries: dict  # {kind: {iter: entry}}; if the log has an iteration twice, the later line
 
     def series(self, kind, key, tensor=None):
-        """(iterations, values) of `key`, two arrays of the same length; nan where the log has null or nothing.
+        """Return (iterations, values) of `key`, two arrays of the same length.
 
-        With `tensor`, `key` is that tensor's own: norm, ratio, kappa or lagmul.
+        With `tensor`, `key` is one of that tensor's values: norm, ratio, kappa or lagmul.
+        A value is nan if the log has null or no value.
         """
-        entries = self.entries.get(kind, {})
-        iters = sorted(entries)
-        holders = [
-            entries[i] if tensor is None else entries[i].get('tensors', {}).get(tensor, {})
-            for i in iters
-        ]
-        return np.array(iters, dtype=float), np.array(
-            [_number(holder.get(key)) for holder in holders], dtype=float
-        )
+        iters = sorted(self.entries.get(kind, {}))
+        holders = [self.entries[kind][i] for i in iters]
+        if tensor is not None:
+            holders = [holder.get('tensors', {}).get(tensor, {}) for holder in holders]
+        values = [_number(holder.get(key)) for holder in holders]
+        return np.array(iters, dtype=float), np.array(values, dtype=float)
 
     def tensors(self):
-        """{name: {norm, ratio, ...}} at the last iteration that has norms, {} where none has."""
+        """Return {name: {norm, ratio, ...}} at the last iteration with norms, {} without any."""
         norms = self.entries.get('norms')
         return norms[max(norms)].get('tensors', {}) if norms else {}
 
 
 def _number(value):
-    """`value` as the float32 that training computed: null, and what overflows there, is nan."""
+    """Return `value` as a float, nan if it is null or too large for float32."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 3.4e38 else np.nan
 
 
 def load(out_dir, name, style):
-    """The run in `out_dir`. Fails where there is no log."""
+    """Return the run in `out_dir`. Fails if there is no log."""
     config, entries = {}, {}
     for entry in runlog.read(out_dir):
         if entry.get('kind') == 'config':
@@ -119,32 +114,32 @@ def load(out_dir, name, style):
 
 
 def load_all(out_dirs):
-    """The runs, called by the last part of their folder, by the whole of it where two end alike, and by number
-    where what a legend has room for is alike."""
+    """Return the runs, with distinct names for the legends.
+
+    A name is the last part of the folder, or its full path if two runs share the last part.
+    Names longer than a legend has room for are shortened, and numbered if two become equal.
+    """
     names = [os.path.basename(os.path.abspath(out_dir)) for out_dir in out_dirs]
     if len(set(names)) < len(names):
         names = [os.path.normpath(out_dir) for out_dir in out_dirs]
-    names = [
-        name if len(name) <= 30 else f'{name[:12]}…{name[-17:]}' for name in names
-    ]  # what a legend has room for
+    names = [name if len(name) <= 30 else f'{name[:12]}…{name[-17:]}' for name in names]
     if len(set(names)) < len(names):
         names = [f'{number}: {name}' for number, name in enumerate(names, 1)]
     runs = []
     for index, (out_dir, name) in enumerate(zip(out_dirs, names, strict=True)):
         dash, colour = divmod(index, len(COLOURS))
-        runs.append(
-            load(out_dir, name, {'color': COLOURS[colour], 'linestyle': DASHES[dash % len(DASHES)]})
-        )
+        style = {'color': COLOURS[colour], 'linestyle': DASHES[dash % len(DASHES)]}
+        runs.append(load(out_dir, name, style))
     return runs
 
 
 def growth(iters, values):
-    """How much `values` grew per iteration since the log point before: (iterations, growth), one point fewer."""
+    """Return (iterations, growth per iteration since the previous point), one point fewer."""
     return iters[1:], np.diff(values) / np.diff(iters)
 
 
 def smooth(values):
-    """Mean over the twentieth of all points that lies around each point; nan points do not count."""
+    """Return the running mean over a twentieth of all points, without the nan points."""
     if len(values) == 0:
         return values
     window = np.ones(len(values) // 20 | 1)
@@ -155,11 +150,12 @@ def smooth(values):
 
 
 def choose_tensor(runs, wanted=None):
-    """The name of the tensor to look at: the one that `wanted` names, in full or by a part that no other name has.
+    """Return the name of the tensor to draw, None if no run has norms.
 
-    By default the one that the bound holds back most, with the largest lagmul at the end of a run. Where no lagmul is
-    above zero, the one with the largest norm among those that have a bound, or else among those that are no embedding.
-    None where no run has norms. Fails where `wanted` is no tensor's name or part of several.
+    wanted: a tensor's name, or a part of it that no other name has. By default the tensor with the
+    largest lagmul at the end of a run, which its bound holds back most. If no lagmul is positive,
+    the tensor with the largest norm among the bounded ones, or else among all but the embeddings.
+    Fails if `wanted` matches no name or several.
     """
     tensors = [(name, values) for run in runs for name, values in run.tensors().items()]
     names = list(dict.fromkeys(name for name, _ in tensors))
@@ -172,9 +168,8 @@ def choose_tensor(runs, wanted=None):
             fail(f"no tensor is called '{wanted}'; the nearest are {', '.join(near)}")
         if len(matches) > 1:
             more = f' and {len(matches) - 4} more' if len(matches) > 4 else ''
-            fail(
-                f'--tensor={wanted} is part of {", ".join(matches[:4])}{more}; write more of the name'
-            )
+            several = ', '.join(matches[:4]) + more
+            fail(f'--tensor={wanted} is part of {several}; write more of the name')
         return matches[0]
     bounded = [(name, values) for name, values in tensors if 'lagmul' in values]
     matrices = [(name, values) for name, values in tensors if kind_of(name) not in ('wte', 'wpe')]
@@ -186,35 +181,35 @@ def choose_tensor(runs, wanted=None):
 
 
 def kind_of(tensor):
-    """'mlp.c_fc' for 'transformer.h.3.mlp.c_fc.weight', and so on for the keys of KINDS."""
+    """Return the key of KINDS: 'mlp.c_fc' for 'transformer.h.3.mlp.c_fc.weight'."""
     return next((kind for kind in KINDS if tensor.removesuffix('.weight').endswith(kind)), 'other')
 
 
 def draw(ax, iters, values, **style):
-    """A line; a point where there is only one, which a line would not show."""
+    """Draw a line, or a point if only one value is finite."""
     if np.isfinite(values).sum() == 1:
         style['marker'] = 'o'
     ax.plot(iters, values, **style)
 
 
 def iteration_axis(ax, label=True, nbins=8):
-    ax.xaxis.set_major_locator(
-        MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
-    )
+    locator = MaxNLocator(nbins, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1)
+    ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     if label:
         ax.set_xlabel('iteration')
 
 
 def frame_losses(ax, curves):
-    """Give the height of the axes to what follows the first tenth of the `curves`, a list of (iterations, losses).
+    """Fit the height of the axes to the curves after their first tenth.
 
-    The fall from the start comes in at the top, unless there are too few points to spare one. A loss over 12 has blown
-    up (guessing costs ln(65536) = 11.1 with the largest vocabulary) and may leave at the top.
+    curves: a list of (iterations, losses). A curve of up to four points counts in full.
+    Losses above 12 do not count: guessing costs ln(65536) = 11.1 with the largest 16-bit
+    vocabulary, so they have blown up.
     """
-    late = [
-        losses[iters >= iters.max() / 10] if len(iters) > 4 else losses for iters, losses in curves
-    ]
+    late = []
+    for iters, losses in curves:
+        late.append(losses[iters >= iters.max() / 10] if len(iters) > 4 else losses)
     shown = np.concatenate([losses[losses <= 12] for losses in late])
     if len(shown) and shown.min() < shown.max():
         margin = 0.05 * (shown.max() - shown.min())
@@ -222,7 +217,10 @@ def frame_losses(ax, curves):
 
 
 def loss_figure(runs):
-    """Strong lines for the validation loss, thin ones for the training loss, whose noise shows in a single run only."""
+    """Draw the validation loss in strong lines and the training loss, smoothed, in thin ones.
+
+    A single run shows the unsmoothed training loss as well.
+    """
     figure = Figure()
     ax = figure.subplots()
     curves = []
@@ -246,7 +244,7 @@ def loss_figure(runs):
 
 
 def ratio_figure(runs):
-    """The ratio of all tensors together; where there is room, for a single run, that of each tensor behind it."""
+    """Draw the ratio of all tensors together and, for a single run, that of each tensor."""
     figure = Figure()
     ax = figure.subplots()
     iteration_axis(ax)
@@ -255,20 +253,14 @@ def ratio_figure(runs):
         (run,) = runs
         ax.set_title(run.name)
         for tensor in run.tensors():
-            draw(
-                ax,
-                *run.series('norms', 'ratio', tensor),
-                color=KINDS[kind_of(tensor)],
-                linewidth=0.9,
-                alpha=0.8,
-            )
+            style = {'color': KINDS[kind_of(tensor)], 'linewidth': 0.9, 'alpha': 0.8}
+            draw(ax, *run.series('norms', 'ratio', tensor), **style)
         iters, ratios = run.series('norms', 'ratio')
         draw(ax, iters, ratios, color=BLACK, linewidth=2.4, label=f'all tensors: {ratios[-1]:.3f}')
         handles, _ = ax.get_legend_handles_labels()
-        kinds = {kind_of(tensor) for tensor in run.tensors()}
-        handles += [
-            Line2D([], [], color=KINDS[kind], label=kind) for kind in KINDS if kind in kinds
-        ]
+        present = {kind_of(tensor) for tensor in run.tensors()}
+        kinds = [kind for kind in KINDS if kind in present]
+        handles += [Line2D([], [], color=KINDS[kind], label=kind) for kind in kinds]
         figure.legend(handles=handles, loc='outside right upper', alignment='left')
     else:
         for run in runs:
@@ -279,7 +271,7 @@ def ratio_figure(runs):
 
 
 def tensor_figure(runs, tensor):
-    """Four panels about the tensor of that name; kappa bounds its squared norm where reg_function is l2."""
+    """Draw four panels about one tensor. kappa bounds its squared norm if reg_function is l2."""
     figure = Figure(figsize=(8, 5))
     (norm_ax, growth_ax), (lambda_ax, loss_ax) = axes = figure.subplots(2, 2, sharex=True)
     bounded, curves = False, []
@@ -308,18 +300,16 @@ def tensor_figure(runs, tensor):
     figure.align_ylabels()
     handles, _ = norm_ax.get_legend_handles_labels()
     if bounded:
-        handles.append(
-            Line2D([], [], color=GREY, linestyle='--', linewidth=1.2, label='κ, its bound')
-        )
-    columns = min(
-        4, 110 // (max(len(run.name) for run in runs) + 9)
-    )  # 110 letters a row, 9 for a sample of the line
+        dashed = {'color': GREY, 'linestyle': '--', 'linewidth': 1.2}
+        handles.append(Line2D([], [], **dashed, label='κ, its bound'))
+    longest = max(len(run.name) for run in runs)
+    columns = min(4, 110 // (longest + 9))  # 110 letters a row; a line's sample takes 9
     figure.legend(handles=handles, loc='outside upper center', ncols=columns, title=tensor)
     return figure
 
 
 def save(figure, path):
-    """Write the picture as a whole or, where the disk refuses, leave what was at `path` and fail."""
+    """Write the picture to `path`. If the disk refuses, leave `path` as it is and fail."""
     temporary = f'{path}.tmp'
     try:
         figure.savefig(temporary, format='png')
@@ -338,13 +328,12 @@ class Arguments(argparse.ArgumentParser):
 
 @matplotlib.rc_context(STYLE)
 def draw_all(args):
-    """Write the pictures of the runs in args.out_dirs. Fails where one has neither a training nor a validation loss."""
+    """Write the pictures of the runs in args.out_dirs. Fails if a run has no loss yet."""
     runs = load_all(args.out_dirs)
     for out_dir, run in zip(args.out_dirs, runs, strict=True):
         if not has_loss(run):
-            fail(
-                f'{os.path.join(out_dir, runlog.NAME)} has no loss yet; let the run reach its first evaluation'
-            )
+            log = os.path.join(out_dir, runlog.NAME)
+            fail(f'{log} has no loss yet; let the run reach its first evaluation')
     with_norms = [run for run in runs if run.tensors()]
     tensor = choose_tensor(with_norms, args.tensor)
     figures = {'loss.png': loss_figure(runs)}
@@ -361,24 +350,23 @@ def draw_all(args):
         save(figure, os.path.join(out, name))
     for run in runs:
         if not run.tensors():
-            print(
-                f'note: {run.name} has no norms in its log yet and is left out of ratio.png and tensor.png'
-            )
+            print(f'note: {run.name} has no norms yet, ratio.png and tensor.png leave it out')
 
 
 def has_loss(run):
     return bool(run.entries.keys() & {'train', 'eval'})
 
 
+def _size_and_time(path):
+    return (os.path.getsize(path), os.path.getmtime(path)) if os.path.isfile(path) else None
+
+
 def watch(args, seconds=2.0):
-    """draw_all() whenever a log has changed, as soon as all runs have a loss; looks every so many seconds."""
+    """Draw again whenever a log has changed, once all runs have a loss. Polls every `seconds`."""
     drawn = None
     while True:
         logs = [os.path.join(out_dir, runlog.NAME) for out_dir in args.out_dirs]
-        state = [
-            (os.path.getmtime(log), os.path.getsize(log)) if os.path.isfile(log) else None
-            for log in logs
-        ]
+        state = [_size_and_time(log) for log in logs]
         if state != drawn and None not in state and all(map(has_loss, load_all(args.out_dirs))):
             draw_all(args)
             sys.stdout.flush()
@@ -393,20 +381,14 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        'out_dirs', nargs='+', metavar='OUT_DIR', help='out_dir of a run, where its log.jsonl is'
-    )
-    parser.add_argument(
-        '--out',
-        metavar='FOLDER',
-        help="where to write; default: one run's OUT_DIR, plots for several",
-    )
-    parser.add_argument(
-        '--tensor', metavar='NAME', help='tensor.png shows this one; a part of its name will do'
-    )
-    parser.add_argument(
-        '--watch', action='store_true', help='draw again whenever a log has grown, until Ctrl-C'
-    )
+    text = 'out_dir of a run, where its log.jsonl is'
+    parser.add_argument('out_dirs', nargs='+', metavar='OUT_DIR', help=text)
+    text = "where to write; default: one run's OUT_DIR, plots for several"
+    parser.add_argument('--out', metavar='FOLDER', help=text)
+    text = 'tensor.png shows this one; a part of its name will do'
+    parser.add_argument('--tensor', metavar='NAME', help=text)
+    text = 'draw again whenever a log has grown, until Ctrl-C'
+    parser.add_argument('--watch', action='store_true', help=text)
     args = parser.parse_args(argv)
     if not args.watch:
         draw_all(args)

@@ -1,11 +1,14 @@
-"""out_dir/log.jsonl: what happened in a run, one JSON object a line, appended and flushed as it happens.
+"""Write and read a run's log, out_dir/log.jsonl: one JSON object a line, flushed as it is written.
 
-The same entries become the charts of Weights & Biases and TensorBoard, where those are asked for.
+`kind` names the type of an entry:
 
-`kind` is 'config', 'train' (iter, loss, lr, grad_norm, ms, tokens_per_s, mfu, skipped_steps, and `spike` where Watch
-saw one), 'eval' (iter, train_loss, val_loss), 'norms' (iter, ratio, tensors: {name: {norm, ratio, kappa, lagmul}}) or
-'damaged' (iter, path, reason, used: a checkpoint that could not be read, and the one before it). plot.py reads nothing
-else.
+config   the settings
+train    iter, loss, lr, grad_norm, ms, tokens_per_s, mfu, skipped_steps; `spike` if Watch saw one
+eval     iter, train_loss, val_loss
+norms    iter, ratio, tensors: {name: {norm, ratio, kappa, lagmul}}
+damaged  iter, path and reason of an unreadable checkpoint, used: the one read in its place
+
+Weights & Biases and TensorBoard, if enabled, chart the same entries. plot.py reads only this file.
 """
 
 import errno
@@ -22,7 +25,10 @@ NAME = 'log.jsonl'
 
 
 def read(out_dir):
-    """All entries of the run in `out_dir`, a list of dicts in the order written. Fails where there is no log."""
+    """Return the log entries of the run in `out_dir`, dicts in the order written.
+
+    Fails if there is no log or a line of it is damaged.
+    """
     path = os.path.join(out_dir, NAME)
     if not os.path.isfile(path):
         fail(f'there is no {NAME} in {out_dir}: is it the out_dir of a run?')
@@ -38,16 +44,14 @@ def read(out_dir):
                 raise ValueError('not an object')
             entries.append(entry)
         except ValueError:
-            if number == len(
-                lines
-            ):  # a process killed while it wrote leaves half a line without its newline
+            if number == len(lines):  # a killed process leaves half a line without a newline
                 break
             fail(f'{path} is damaged at line {number}; delete that line')
     return entries
 
 
 class WandB:
-    """Charts of a run on Weights & Biases. Fails where it does not start."""
+    """Draw a run's charts on Weights & Biases. Fails if it does not start."""
 
     def __init__(self, project, name, config):
         try:
@@ -55,9 +59,8 @@ class WandB:
 
             self.run = wandb.init(project=project, name=name, config=config)
         except Exception as e:  # not installed, not logged in, no network
-            fail(
-                f'wandb does not start ({e}); pip install wandb and run wandb login, or set WANDB_MODE=offline'
-            )
+            remedy = 'pip install wandb and run wandb login, or set WANDB_MODE=offline'
+            fail(f'wandb does not start ({e}); {remedy}')
 
     def draw(self, iter_num, values):
         self.run.log({'iter': iter_num, **values}, step=iter_num)
@@ -67,18 +70,19 @@ class WandB:
 
 
 class TensorBoard:
-    """Charts of a run in out_dir/tensorboard, after those from before `iter_num`. Fails where it is not installed."""
+    """Draw a run's charts in out_dir/tensorboard, in place of earlier points from `iter_num` on.
+
+    Fails if tensorboard is not installed.
+    """
 
     def __init__(self, out_dir, iter_num):
         try:
             from torch.utils.tensorboard import SummaryWriter as make
         except ImportError:
             fail('tensorboard is not installed; run: pip install tensorboard')
-        # its files are made when there is something to draw: until RunLog has the lock, out_dir may be another run's
-        self.make, self.writer = (
-            partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num),
-            None,
-        )
+        # draw() creates the files: until RunLog has the lock, out_dir may be another run's
+        self.make = partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num)
+        self.writer = None
 
     def draw(self, iter_num, values):
         if self.writer is None:
@@ -93,9 +97,10 @@ class TensorBoard:
 
 
 class RunLog:
-    """Appends to out_dir/log.jsonl. A run that continues at `iter_num` drops the entries that it will write again.
+    """Append to out_dir/log.jsonl, and draw the entries on `charts`.
 
-    charts: those that draw what is written, too. out_dir None: does nothing, as it should be on all ranks but one.
+    A run that continues at `iter_num` first drops the entries that it will write again.
+    With out_dir None it writes nothing, which all ranks but one use.
     """
 
     def __init__(self, out_dir, iter_num=0, charts=()):
@@ -104,15 +109,13 @@ class RunLog:
             return
         os.makedirs(out_dir, exist_ok=True)
         self.path = os.path.join(out_dir, NAME)
-        self.lock = open(
-            os.path.join(out_dir, '.lock'), 'w'
-        )  # held until this process ends, however it does
+        # the system releases the lock when this process ends, even if it is killed
+        self.lock = open(os.path.join(out_dir, '.lock'), 'w')
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(
-                f'another run is writing to {out_dir}; wait until it is done, or choose another --out_dir'
-            )
+            remedy = 'wait until it is done, or choose another --out_dir'
+            fail(f'another run is writing to {out_dir}; {remedy}')
         kept = []
         if iter_num > 0 and os.path.exists(self.path):
             kept = [e for e in read(out_dir) if e.get('iter', -1) < iter_num]
@@ -125,21 +128,18 @@ class RunLog:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        self.file = open(
-            self.path, 'ab', buffering=0
-        )  # what is written is in the file, whatever comes next
+        self.file = open(self.path, 'ab', buffering=0)  # a kill loses nothing that was written
 
     def write(self, kind, **entry):
         if self.file is None:
             return
         try:
             written = line({'kind': kind, **entry}).encode()
-            if self.file.write(written) < len(written):  # the last of the room on the disk
+            if self.file.write(written) < len(written):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            fail(
-                f'could not write {self.path} ({e.strerror}); make room, then go on with --init_from=auto'
-            )
+            problem = f'could not write {self.path} ({e.strerror})'
+            fail(f'{problem}; make room, then go on with --init_from=auto')
         values = _charted(kind, entry)
         for chart in self.charts if values else ():
             chart.draw(entry['iter'], values)
@@ -153,13 +153,13 @@ class RunLog:
 
 
 class Watch:
-    """Looks for numbers gone wrong: losses that jump, and steps that are skipped one after the other.
+    """Watch for losses that jump and for steps that are skipped in a row.
 
-    factor: a loss over so many times the running average of those before it is a spike; 0.0: none is.
-    average: (sum, weight) of an earlier Watch, to go on where that one was.
+    factor: a loss above factor times the running average is a spike; 0.0 disables the check.
+    average: (sum, weight) of an earlier Watch, to continue its average.
     """
 
-    DECAY = 0.98  # of the running average: it looks back over some 50 losses
+    DECAY = 0.98  # the running average spans about 50 losses
 
     def __init__(self, factor, *average):
         self.factor, self.average = factor, average or (0.0, 0.0)
@@ -167,22 +167,21 @@ class Watch:
         self.in_a_row = 0
 
     def is_spike(self, loss):
-        """Whether `loss` is one, a loss that is not finite included. The next is compared with this one, too."""
+        """Return whether `loss` is a spike or not finite, then add it to the average."""
         total, weight = self.average
-        spike = self.factor > 0 and not loss <= self.factor * (
-            total / weight if weight else math.inf
-        )
+        average = total / weight if weight else math.inf
+        spike = self.factor > 0 and not loss <= self.factor * average
         if math.isfinite(loss):
-            self.average = (
-                self.DECAY * total + (1 - self.DECAY) * loss,
-                self.DECAY * weight + (1 - self.DECAY),
-            )
+            total = self.DECAY * total + (1 - self.DECAY) * loss
+            weight = self.DECAY * weight + (1 - self.DECAY)
+            self.average = (total, weight)
         return spike
 
     def skipped_in_a_row(self, iter_num, skipped):
-        """How many steps up to that of iteration `iter_num` were skipped in a row, given how many were in all.
+        """Return how many steps up to iteration `iter_num` were skipped in a row.
 
-        As far as the calls can tell: of the steps between two of them, all or none.
+        skipped: the number of skipped steps so far. The steps since the previous call count
+        only if all of them were skipped.
         """
         if self.skipped is not None:
             every = iter_num - self.iter_num == skipped - self.skipped
@@ -192,7 +191,7 @@ class Watch:
 
 
 def _charted(kind, entry):
-    """{chart: value} of an entry: 'train/lr', 'val/loss', 'norm/transformer.h.0.attn.c_attn.weight' and so on."""
+    """Return {chart: value} of an entry. Charts are named 'train/lr', 'val/loss', 'norm/TENSOR'."""
     if kind == 'train':
         values = {f'train/{key}': value for key, value in entry.items() if key != 'iter'}
     elif kind == 'eval':
@@ -203,18 +202,16 @@ def _charted(kind, entry):
             values |= {f'{key}/{name}': value for key, value in of_tensor.items()}
     else:
         values = {}
-    return {
-        name: value for name, value in values.items() if value is not None and math.isfinite(value)
-    }
+    return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
 
 
 def line(entry):
-    """`entry` as a line of JSON."""
+    """Return `entry` as a line of JSON."""
     return json.dumps(_finite(entry)) + '\n'
 
 
 def _finite(value):
-    """JSON has no nan and no infinity: they become null, so that any reader can parse the line."""
+    """Replace nan and infinity by None, because JSON has neither."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What train.py, sample.py and bench.py share before they can start: the device, its number format, and how to fail."""
+"""Set up what all scripts share: the device, its number format, and the error line."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ from textwrap import shorten
 
 import torch
 
-# Dense bfloat16 / float16 tensor-core peaks in FLOP/s, from the vendors' data sheets (without sparsity).
-# The first name that occurs in the device's own name counts, so the longer names stand first.
+# Dense bfloat16 / float16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
+# The first key that occurs in the device's name counts, so longer keys stand first.
 PEAK_FLOPS = {
     'GB200': 2500e12,
     'B200': 2250e12,
@@ -42,13 +42,14 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 
 def fail(message):
-    """Say on one line of standard error what the user got wrong and what to do, and leave with status 2."""
+    """Print `message` as one line on standard error and exit with status 2.
+
+    The message says what the user got wrong and what to do.
+    """
     if os.environ.get('RANK', '0') != '0':
-        time.sleep(
-            2
-        )  # where the first process finds the same, torchrun ends this one before it repeats it
+        time.sleep(2)  # if rank 0 fails too, torchrun ends this process before it repeats the line
     print('error: ' + shorten(str(message), 600), file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    sys.exit(2)  # not `raise SystemExit`: parallel.py notes the status
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Runtime:
     device: str  # as torch.device takes it: 'cuda', 'cuda:1', 'mps', 'cpu'
     device_type: str  # 'cuda', 'mps' or 'cpu'
     dtype: str  # 'float32', 'bfloat16' or 'float16': what matrix products are computed in
-    peak_flops: float | None  # of this device in FLOP/s, for MFU; None where it is not known
+    peak_flops: float | None  # of this device in FLOP/s, for MFU; None if unknown
 
     def autocast(self):
         if self.dtype == 'float32':
@@ -68,32 +69,27 @@ class Runtime:
             getattr(torch, self.device_type).synchronize()
 
 
-def setup(device='auto', dtype='auto', seed=1337):
-    """Choose device and dtype, seed the generators, allow TF32.
+def _fastest_device():
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
-    'auto' takes cuda, then mps, then cpu; and bfloat16 where the GPU has it, float16 on an older GPU, float32
-    elsewhere. Fails where the device is not there or the dtype is none of float32, bfloat16, float16.
+
+def setup(device='auto', dtype='auto', seed=1337):
+    """Choose device and dtype, seed the generators, allow TF32, and return the Runtime.
+
+    device: 'auto' takes cuda, then mps, then cpu.
+    dtype: 'auto' takes bfloat16 on a GPU that supports it, float16 on other GPUs, else float32.
+    Fails if the device is not available, or the dtype or seed is not allowed.
     """
     if device == 'auto':
-        device = (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
+        device = _fastest_device()
     try:
-        torch.empty(0, device=device)  # the question itself: can a tensor live there?
-    except Exception as e:  # of a kind of device whose module is not installed, too
-        here = (
-            'cuda'
-            if torch.cuda.is_available()
-            else 'mps'
-            if torch.backends.mps.is_available()
-            else 'cpu'
-        )
+        torch.empty(0, device=device)  # the only sure test of a device
+    except Exception as e:  # its type depends on the device
         reason = str(e).strip().splitlines()[0]
-        fail(f"device='{device}' cannot be used here ({reason}); this machine has --device={here}")
+        problem = f"device='{device}' cannot be used here ({reason})"
+        fail(f'{problem}; this machine has --device={_fastest_device()}')
     device_type = torch.device(device).type
     if device_type not in ('cuda', 'mps', 'cpu'):
         fail(f"device='{device}' is of a kind that is not supported; use cuda, mps or cpu")

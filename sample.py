@@ -1,4 +1,4 @@
-"""Text from a trained model, written to standard output as it is made.
+"""Sample text from a trained model and write it to standard output token by token.
 
 python sample.py --out_dir=out-char --start='def ' --num_samples=3
 python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
@@ -15,31 +15,29 @@ from data.prepare import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_o
 from model import GPT
 from runtime import fail, setup
 
-init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, or as from_pretrained: 'gpt2', ..., a folder
+init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, 'gpt2', ... or a folder
 out_dir = 'out'  # where 'resume' finds ckpt.pt
-start = '\n'  # the prompt, or FILE:prompt.txt for what that file holds; '<|endoftext|>' is GPT-2's token
+start = '\n'  # the prompt, or FILE:prompt.txt; '<|endoftext|>' is GPT-2's token
 num_samples = 10  # how many continuations of the prompt
 max_new_tokens = 500  # in each
-temperature = 0.8  # below 1.0 likely tokens become likelier, above less likely; 0.0 always takes the likeliest
+temperature = 0.8  # lower favours the likely tokens; 0.0 always takes the likeliest
 top_k = 200  # draw from the top_k likeliest tokens only
-bpe_file = ''  # GPT-2's vocabulary, where neither the data set nor tiktoken has it
+bpe_file = ''  # GPT-2's vocabulary, if neither the data set nor tiktoken has it
 seed = 1337  # the same seed draws the same text
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' takes the fastest there is
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes what the device is fast with
-compile = False  # torch.compile: worth its minutes for many samples only
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes the device's fastest
+compile = False  # torch.compile: takes minutes, pays off for many samples
 configure(globals())
 
 
 def whole_characters(ids, decode):
-    """Yield the text of `ids` piece by piece, as soon as it is certain.
+    """Yield the text of `ids` in pieces, each as soon as it is certain.
 
-    A token may end within a character's UTF-8 bytes, which decode() shows as a last U+FFFD: that one is held back
-    until the tokens after it tell whether it is the start of a character.
+    If a token ends inside a character's UTF-8 bytes, decode() ends in U+FFFD. That character is
+    held back until later tokens complete it or show that it cannot be completed.
     """
-    pending, shown = (
-        [],
-        0,
-    )  # the ids since a character last ended with its token, and how much of their text is out
+    pending = []  # the ids since a token last ended at a character's end
+    shown = 0  # how many characters of their text were yielded
     for i in ids:
         pending.append(i)
         text = decode(pending)
@@ -56,9 +54,7 @@ for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'to
         fail(f'{name}={globals()[name]} must be at least {least}')
 prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
 if not prompt:
-    fail(
-        'start is empty: there is nothing to continue; give it some text, or leave it out for a newline'
-    )
+    fail('start is empty: there is nothing to continue; give some text, or leave it out')
 rt = setup(device, dtype, seed)
 
 if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
@@ -70,18 +66,15 @@ else:
         model = GPT.from_pretrained(init_from)
     except ValueError as e:
         fail(e)
-    check_vocabulary(
-        model.config.vocab_size,
-        GPT2Tokenizer.meta,
-        "of the models on the hub those with GPT-2's tokenizer can be sampled",
-    )
+    remedy = "of the models on the hub those with GPT-2's tokenizer can be sampled"
+    check_vocabulary(model.config.vocab_size, GPT2Tokenizer.meta, remedy)
     tokens = GPT2Tokenizer(bpe_file)
 try:
     ids = tokens.encode(prompt)
 except ValueError as e:
     fail(f'start cannot be the prompt: {e}')
 
-for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without another word
+for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without a message
     signal.signal(number, signal.SIG_DFL)
 model.eval().to(rt.device)
 if compile:

@@ -1,6 +1,5 @@
-# A small GPT on the Python standard library, character by character, with AdamW: the baseline of
-# config/train_char_cpr.py and config/train_char_wn.py, which differ from it in the optimizer alone. 3 minutes on 2 CPU
-# cores.
+# A small GPT on the characters of Python's standard library, with AdamW. 3 minutes on 2 CPU cores.
+# config/train_char_cpr.py and config/train_char_wn.py differ from it only in the optimizer.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_char_adamw.py

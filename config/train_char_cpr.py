@@ -1,5 +1,6 @@
-# A small GPT on the Python standard library, character by character, with AdamCPR, Kappa-IP: every weight matrix
-# bounds its own norm from the moment its growth slows down. What `make train` runs: 3 minutes on 2 CPU cores.
+# A small GPT on the characters of Python's standard library, with AdamCPR, Kappa-IP.
+# The norm of each weight matrix becomes its bound when the norm's growth slows down.
+# `make train` runs this: 3 minutes on 2 CPU cores.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_char_cpr.py

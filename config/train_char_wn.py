@@ -1,10 +1,11 @@
-# A small GPT on the Python standard library, character by character, with AdamWN: every weight matrix is steered to
-# a multiple of the norm it starts with, over the first quarter of the run. 3 minutes on 2 CPU cores.
+# A small GPT on the characters of Python's standard library, with AdamWN. 3 minutes on 2 CPU cores.
+# It steers the norm of each weight matrix to wn_ratio times the norm at the start, over the first
+# quarter of the run.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_char_wn.py
 #
-# To take each matrix to the ratio that it had at the end of an AdamW run, as the AdamWN paper does:
+# To steer each matrix to its ratio at the end of an AdamW run, as the AdamWN paper does:
 #
 #     python train.py config/train_char_adamw.py
 #     python train.py config/train_char_wn.py --wn_from=out-char-adamw

@@ -1,6 +1,8 @@
-# GPT-2 124M on OpenWebText with AdamW: the baseline of the papers and of nanoGPT, 491,520 tokens an iteration.
-# To be reproduced (arXiv 2311.11446): validation loss 2.902 after 100k iterations with weight decay 0.1.
-# One GPU of 80 GB; with less memory lower batch_size and raise gradient_accumulation_steps by the same factor.
+# GPT-2 124M on OpenWebText with AdamW, the baseline of the papers and of nanoGPT.
+# 491,520 tokens an iteration. The AdamWN paper (arXiv 2311.11446) reports a validation loss of
+# 2.902 after 100k iterations with weight decay 0.1.
+# One GPU of 80 GB. With less memory, lower batch_size and raise gradient_accumulation_steps by the
+# same factor.
 #
 #     python train.py config/train_gpt2_adamw.py
 out_dir = 'out-gpt2-adamw'

@@ -1,7 +1,7 @@
-# GPT-2 124M on OpenWebText with AdamCPR, Kappa-IP: every weight matrix bounds its own norm from the moment its growth
-# slows down; nothing to tune. 491,520 tokens an iteration, everything else as config/train_gpt2_adamw.py.
-# The paper's figure (arXiv 2311.09058, Figure 1): perplexity 17.96 after 200k steps, AdamW 18.23 after 200k, 18.04
-# after 300k. One GPU of 80 GB.
+# GPT-2 124M on OpenWebText with AdamCPR, Kappa-IP, otherwise as config/train_gpt2_adamw.py.
+# The norm of each weight matrix becomes its bound when the norm's growth slows down; nothing to
+# tune. 491,520 tokens an iteration. The CPR paper (arXiv 2311.09058, Figure 1) reports perplexity
+# 17.96 after 200k steps, and with AdamW 18.23 after 200k and 18.04 after 300k. One GPU of 80 GB.
 #
 #     python train.py config/train_gpt2_cpr.py
 out_dir = 'out-gpt2-cpr'

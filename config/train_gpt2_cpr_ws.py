@@ -1,6 +1,7 @@
-# GPT-2 124M on OpenWebText with AdamCPR, Kappa-WS: every weight matrix is bounded by the norm it has after twice the
-# learning rate's warm-up. 491,520 tokens an iteration, everything else as config/train_gpt2_cpr.py.
-# The paper (arXiv 2311.09058) compares 1, 2 and 4 times the warm-up. One GPU of 80 GB.
+# GPT-2 124M on OpenWebText with AdamCPR, Kappa-WS, otherwise as config/train_gpt2_cpr.py.
+# The norm of each weight matrix after twice the learning rate's warm-up becomes its bound.
+# The CPR paper (arXiv 2311.09058) compares 1, 2 and 4 times the warm-up.
+# 491,520 tokens an iteration. One GPU of 80 GB.
 #
 #     python train.py config/train_gpt2_cpr_ws.py
 out_dir = 'out-gpt2-cpr-ws'

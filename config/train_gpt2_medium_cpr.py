@@ -1,4 +1,5 @@
-# GPT-2 medium, 354M, on OpenWebText with AdamCPR, Kappa-IP: to compare with config/train_gpt2_medium_adamw.py.
+# GPT-2 medium, 354M, on OpenWebText with AdamCPR, Kappa-IP.
+# config/train_gpt2_medium_adamw.py is its baseline.
 # 491,520 tokens an iteration. One GPU of 80 GB.
 #
 #     python train.py config/train_gpt2_medium_cpr.py

@@ -3,15 +3,16 @@
 #     python data/shakespeare_scarce/prepare.py
 #     python train.py config/train_scarce_cpr.py
 #
-# Kappa-WS, with the norms at the end of the warm-up as bounds:
+# Kappa-WS, which bounds each norm by its value at the end of the warm-up:
 #
-#     python train.py config/train_scarce_cpr.py --kappa_init_method=warm_start --kappa_init_param=40
+#     python train.py config/train_scarce_cpr.py --kappa_init_method=warm_start \
+#         --kappa_init_param=40
 out_dir = 'out-scarce-cpr'
 wandb_project = 'scarce'
 wandb_run_name = 'scarce-cpr'
 optimizer = 'adamcpr'
 kappa_init_method = 'inflection_point'
-reg_step_size = 16  # a fiftieth of the run between two looks at the growth
+reg_step_size = 16  # check the growth 50 times in the run
 
 dataset = 'shakespeare_scarce'
 batch_size = 16

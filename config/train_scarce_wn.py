@@ -1,4 +1,5 @@
-# config/train_scarce_adamw.py with AdamWN: the norm of every weight matrix is steered to twice what it starts with.
+# config/train_scarce_adamw.py with AdamWN.
+# It steers the norm of each weight matrix to twice the norm at the start.
 #
 #     python data/shakespeare_scarce/prepare.py
 #     python train.py config/train_scarce_wn.py

@@ -1,1 +1,1 @@
-"""Token data: prepare.py writes it, tokens.py reads it, each folder here is a data set or can become one."""
+"""Token data: prepare.py writes it, tokens.py reads it, and each folder here is a data set."""

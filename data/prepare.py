@@ -1,7 +1,8 @@
-"""From text to a prepared data set: tokenizers, and train.bin, val.bin and meta.json written whole or not at all.
+"""Turn text into a data set: tokenize it and write train.bin, val.bin and meta.json.
 
-train.bin and val.bin are flat token ids, little-endian uint16 (uint32 where the vocabulary needs it); meta.json says
-what they are (see write_dataset). data/NAME/prepare.py finds the text; data/tokens.py reads the result.
+train.bin and val.bin are flat token ids in little-endian uint16, or uint32 for a vocabulary of more
+than 65,536 tokens. meta.json describes them (see write_dataset). Either all files are written, or
+none. data/NAME/prepare.py finds the text, and data/tokens.py reads the result.
 """
 
 import argparse
@@ -25,31 +26,33 @@ from tqdm import tqdm
 from data.tokens import read_meta
 from runtime import fail
 
-BPE_FILE = 'gpt2.tiktoken'  # in the folder of a data set: the vocabulary that it was made with
-DOCUMENTS_A_TASK = 64  # a thread is handed so many at a time: some hundredths of a second of work
+BPE_FILE = 'gpt2.tiktoken'  # in a data set's folder: the vocabulary that it was made with
+DOCUMENTS_A_TASK = 64  # for a thread: some hundredths of a second of work
 PROGRESS_SECONDS = 2.0  # of work that a kill may cost
 
 
 class CharTokenizer:
-    """One id a character: its place in `itos`, a list of characters."""
+    """Encode each character as its index in `itos`, a list of characters."""
 
-    end = None  # there is no token for the end of a text
+    end = None  # no end-of-text token
 
     def __init__(self, itos):
         self.itos = list(itos)
         self.meta = {'tokenizer': 'char', 'vocab_size': len(self.itos), 'itos': self.itos}
-        self.ids = np.full(0x110000, -1, dtype=np.int32)  # from any code point to its id
+        self.ids = np.full(0x110000, -1, dtype=np.int32)  # code point -> id
         self.ids[[ord(c) for c in self.itos]] = np.arange(len(self.itos))
 
     def encode_text(self, text):
-        """The ids of `text`, an int32 array (len(text),). Raises ValueError naming a character that has none."""
+        """Return the ids of `text`, an int32 array (len(text),).
+
+        Raises ValueError that names a character without an id.
+        """
         points = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), dtype='<u4')
         ids = self.ids[points]
         if ids.size and ids.min() < 0:
-            unknown = chr(points[ids.argmin()])
-            raise ValueError(
-                f'the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary'
-            )
+            point = points[ids.argmin()]
+            unknown = f'{chr(point)!r} (U+{point:04X})'
+            raise ValueError(f'the character {unknown} is not in the vocabulary')
         return ids
 
     def encode(self, text):
@@ -60,42 +63,39 @@ class CharTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte pair encoding, from `bpe_file` or as tiktoken finds it: in its cache, or by a download.
+    """Encode text with GPT-2's byte pair encoding.
 
-    bpe_file: 50,256 lines "base64 rank", as tiktoken keeps r50k_base.tiktoken; any file of that form will do.
-    Fails where the file is none, or tiktoken neither has the vocabulary nor can download it.
+    bpe_file: the vocabulary, 50,256 lines "base64 rank", the format of r50k_base.tiktoken. None
+        uses tiktoken's cache or downloads it.
+    Fails if the file is not such a vocabulary, or tiktoken cannot provide one.
     """
 
     end = 50256  # '<|endoftext|>'
     meta = {'tokenizer': 'gpt2', 'vocab_size': 50257}
-    # GPT-2's pattern. The alternatives without a look-ahead form one group, which the regex engine can hand to its
-    # automaton as a whole, and what must follow white space is said without a negation: the pieces are the same, and
-    # they come 1.5 (prose) to 2 times (C sources) as fast as with the pattern that tiktoken has.
+    # Equivalent to GPT-2's pattern, 1.5 (prose) to 2 times (C sources) as fast as tiktoken's. The
+    # alternatives without a look-ahead form one group, which the regex engine can hand to its
+    # automaton. The look-ahead after white space has no negation.
     pattern = r"""(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?=\s|\z)|\s+"""
 
     def __init__(self, bpe_file=None):
-        import tiktoken  # here, because character-level runs do without it
+        import tiktoken  # here: character-level runs do not need it
         from tiktoken.load import load_tiktoken_bpe
 
         self.bpe_file = bpe_file
         try:
-            ranks = (
-                load_tiktoken_bpe(str(bpe_file))
-                if bpe_file
-                else tiktoken.get_encoding('gpt2')._mergeable_ranks
-            )
+            if bpe_file:
+                ranks = load_tiktoken_bpe(str(bpe_file))
+            else:
+                ranks = tiktoken.get_encoding('gpt2')._mergeable_ranks
             if sorted(ranks.values()) != list(range(self.end)):
                 raise ValueError(f'{len(ranks):,} tokens')
-        except (
-            OSError,
-            ValueError,
-        ) as e:  # no network (requests' errors are OSErrors), or a damaged file
+        except (OSError, ValueError) as e:  # a damaged file, or no network: requests' OSErrors
             if bpe_file:
                 fail(f"{bpe_file} is not GPT-2's vocabulary of 50,256 lines 'base64 rank' ({e})")
             fail(
-                f"the GPT-2 vocabulary is not in tiktoken's cache and could not be downloaded ({type(e).__name__}); "
-                'name a copy with --bpe_file=gpt2.tiktoken, or set TIKTOKEN_CACHE_DIR to the cache folder of a machine '
-                'that has it'
+                "the GPT-2 vocabulary is not in tiktoken's cache and could not be downloaded "
+                f'({type(e).__name__}); name a copy with --bpe_file=gpt2.tiktoken, or set '
+                'TIKTOKEN_CACHE_DIR to the cache folder of a machine that has it'
             )
         special = {'<|endoftext|>': self.end}
         self.encoding = tiktoken.Encoding(
@@ -103,23 +103,24 @@ class GPT2Tokenizer:
         )
 
     def encode_text(self, text):
-        """The ids of `text`, a uint32 array; '<|endoftext|>' in it is text like any other."""
+        """Return the ids of `text`, a uint32 array, and treat '<|endoftext|>' as ordinary text."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode(self, text):
-        """The ids of `text`, a prompt: '<|endoftext|>' in it is the token that ends a document."""
+        """Return the ids of a prompt, a list, and treat '<|endoftext|>' as the token."""
         return self.encoding.encode(text, allowed_special={'<|endoftext|>'})
 
     def decode(self, ids):
-        # A model's vocabulary is often padded (nanoGPT: 50304), and the ids added stand for no text.
+        # a model's vocabulary may be padded (nanoGPT: 50304) with ids that have no text
         return self.encoding.decode([i for i in ids if i < self.meta['vocab_size']])
 
 
 def tokenizer(meta, folder=None, bpe_file=None):
-    """The tokenizer of a data set: encode(str) -> list of ids, decode(list of ids) -> str.
+    """Return the tokenizer of a data set, a CharTokenizer or a GPT2Tokenizer.
 
-    meta: what meta.json holds; None, a data set without meta.json, means GPT-2's encoding as in nanoGPT.
-    folder: of the data set, where the vocabulary may lie; bpe_file: the vocabulary, wherever it lies.
+    meta: the content of meta.json. None means GPT-2's encoding, as in nanoGPT.
+    folder: the data set's folder, which may hold the vocabulary.
+    bpe_file: the vocabulary's path, which takes precedence.
     """
     name = 'gpt2' if meta is None else meta['tokenizer']
     if name == 'gpt2':
@@ -131,28 +132,29 @@ def tokenizer(meta, folder=None, bpe_file=None):
 
 
 def check_vocabulary(vocab_size, meta, remedy):
-    """Fail unless a model of `vocab_size` tokens goes with a data set's `meta`; GPT-2's vocabulary may be padded."""
+    """Fail if a model of `vocab_size` tokens does not fit a data set's `meta`.
+
+    The model may pad GPT-2's vocabulary. remedy: what the message advises.
+    """
     known = meta['vocab_size']
     if vocab_size != known and not (meta['tokenizer'] == 'gpt2' and vocab_size > known):
         fail(f'the model has {vocab_size} tokens and its tokenizer {known}; {remedy}')
 
 
 def tokenizer_of(path, checkpoint, bpe_file=None):
-    """The tokenizer of the data set that the checkpoint at `path` was trained on. Fails where the two do not fit.
+    """Return the tokenizer of the data set that the checkpoint at `path` was trained on.
 
-    The data set is sought in this program's data/ and, as nanoGPT's folders lie, in data/ beside the out_dir.
+    Looks for the data set in this program's data/ and, as nanoGPT has it, in data/ beside the
+    out_dir. Fails if the data set does not fit the checkpoint's model.
     """
     name = checkpoint['config'].get('dataset', '')
     folders = [Path(__file__).parent / name, Path(path).absolute().parents[1] / 'data' / name]
-    folder = next(
-        (f for f in folders if (f / 'meta.json').exists() or (f / 'meta.pkl').exists()), folders[0]
-    )
+    described = [f for f in folders if (f / 'meta.json').exists() or (f / 'meta.pkl').exists()]
+    folder = (described or folders)[0]
     meta = read_meta(folder)
-    check_vocabulary(
-        checkpoint['model_args']['vocab_size'],
-        meta or GPT2Tokenizer.meta,
-        f'prepare {folder} as it was when the model was trained',
-    )
+    remedy = f'prepare {folder} as it was when the model was trained'
+    vocab_size = checkpoint['model_args']['vocab_size']
+    check_vocabulary(vocab_size, meta or GPT2Tokenizer.meta, remedy)
     if meta is None:
         print(f"note: {folder} has no meta.json, its tokens are taken for GPT-2's", file=sys.stderr)
     return tokenizer(meta, folder, bpe_file)
@@ -160,9 +162,9 @@ def tokenizer_of(path, checkpoint, bpe_file=None):
 
 @contextmanager
 def hold(folder):
-    """Make `folder` and keep it to this process. Fails where another one prepares it, or it cannot be written.
+    """Make `folder` and lock it. Fails if another process has it or it cannot be written.
 
-    When it is left by an error, those folders are removed that were made here and are empty.
+    On an error the empty folders that were made here are removed.
     """
     made, lock = [], None
     try:
@@ -176,14 +178,12 @@ def hold(folder):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(
-                os.fstat(lock), os.stat(folder)
-            ):  # removed meanwhile, and made by another one
+            if not os.path.samestat(os.fstat(lock), os.stat(folder)):  # another process remade it
                 raise BlockingIOError
         except BlockingIOError:
-            made = []  # what is empty now is in use all the same
+            made = []  # the other process uses these folders
             fail(f'another process is preparing {folder}; wait until it is done')
-        tempfile.TemporaryFile(dir=folder).close()  # now rather than after hours of reading
+        tempfile.TemporaryFile(dir=folder).close()  # fail now rather than after hours of reading
     except BaseException as e:
         _release(lock, made)
         if isinstance(e, OSError):
@@ -198,38 +198,38 @@ def hold(folder):
 
 
 def _release(lock, folders):
-    """Give back hold's lock, after the last of `folders` were removed as far as they are empty."""
+    """Remove those of `folders` that are empty, the deepest first, then release hold's lock."""
     for path in reversed(folders):
         try:
             path.rmdir()
-        except OSError:  # something is in it: kept by this process, or another one's
+        except OSError:  # not empty
             break
     if lock is not None:
         os.close(lock)
 
 
 def _fail_to_write(folder, error):
-    fail(
-        f'cannot write the data set to {folder} ({error.strerror or error}); mend that and run this again'
-    )
+    problem = f'cannot write the data set to {folder} ({error.strerror or error})'
+    fail(f'{problem}; mend that and run this again')
 
 
 def write_dataset(
     folder, documents, tokenizer, source, end_of_text=False, fingerprint=None, held=False
 ):
-    """Write train.bin, val.bin and meta.json to `folder`, tokenizing with all cores.
+    """Tokenize with all cores and write train.bin, val.bin and meta.json to `folder`.
 
-    documents: {'train': ..., 'val': ...}, each a sequence of texts, or an object with a length whose slices are lists
-        of texts: only those being worked on are asked for, by several threads. What the slice raises as ValueError
-        is told to the user.
-    source: a dict that says in meta.json what the data was made from.
-    end_of_text: end each document with the tokenizer's token for that.
-    fingerprint: a string that is another whenever `documents` are others. With one, a call that was interrupted, by
-        whatever, leaves what it did in *.tmp files, and the same call goes on from there.
+    documents: {'train': ..., 'val': ...}. Each is a sequence of texts, or an object with a length
+        whose slices are lists of texts. Several threads slice it as they need the texts. The
+        message of a ValueError from a slice is shown to the user.
+    source: a dict for meta.json that describes where the data comes from.
+    end_of_text: end each document with the tokenizer's end-of-text token.
+    fingerprint: a string that identifies `documents`. With it an interrupted call leaves its
+        progress in *.tmp files, and the same call resumes from there.
     held: the caller is within hold(folder).
 
-    Besides, meta.pkl for nanoGPT's sample.py where tokens are characters, and the vocabulary where the tokenizer has
-    it from a file. Fails where the disk does not let it; what was in the folder then stays as it is.
+    A character-level data set also gets meta.pkl for nanoGPT's sample.py. One whose tokenizer has
+    its vocabulary from a file gets a copy of it. Fails if the disk refuses, and then leaves what
+    was in the folder as it was.
     """
     with nullcontext() if held else hold(folder):
         _write_held(Path(folder), documents, tokenizer, source, end_of_text, fingerprint)
@@ -241,21 +241,16 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
     identity = json.dumps([fingerprint, counts, tokenizer.meta, end_of_text])
     identity = hashlib.sha256(identity.encode()).hexdigest()
     try:
-        progress = {
-            'identity': identity,
-            'train': [0, 0],
-            'val': [0, 0],
-        }  # [documents done, tokens written]
+        # [documents done, tokens written]
+        progress = {'identity': identity, 'train': [0, 0], 'val': [0, 0]}
         if fingerprint is not None:
             progress = _read_progress(folder, progress)
         end = tokenizer.end if end_of_text else None
-        with tqdm(
-            total=sum(counts.values()), unit=' documents', disable=None, dynamic_ncols=True
-        ) as bar:
+        total = sum(counts.values())
+        with tqdm(total=total, unit=' documents', disable=None, dynamic_ncols=True) as bar:
             for split, texts in documents.items():
-                _write_split(
-                    folder / f'{split}.bin', texts, tokenizer, end, dtype, split, progress, bar
-                )
+                path = folder / f'{split}.bin'
+                _write_split(path, texts, tokenizer, end, dtype, split, progress, bar)
         tokens = {f'{split}_tokens': progress[split][1] for split in documents}
         meta = {**tokenizer.meta, 'source': source, 'dtype': dtype.name, **tokens}
         _commit(folder, meta, getattr(tokenizer, 'bpe_file', None))
@@ -265,21 +260,19 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
         raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, ValueError) as e:
         wrong_text = isinstance(e, ValueError)
-        if wrong_text or fingerprint is None:  # nothing can go on from here
+        if wrong_text or fingerprint is None:  # the same call cannot resume
             for path in folder.glob('*.tmp'):
                 if path.is_file():
                     path.unlink()
         if wrong_text:
             fail(e)
         _fail_to_write(folder, e)
-    print(
-        f'{os.path.relpath(folder)}: vocabulary {meta["vocab_size"]:,}, tokens: '
-        + ', '.join(f'{split} {progress[split][1]:,}' for split in documents)
-    )
+    written = ', '.join(f'{split} {progress[split][1]:,}' for split in documents)
+    print(f'{os.path.relpath(folder)}: vocabulary {meta["vocab_size"]:,}, tokens: {written}')
 
 
 def _read_progress(folder, start):
-    """What the call before came to, where it had the same identity, or else `start`."""
+    """Return the progress of an interrupted call with the same identity, or `start`."""
     try:
         before = json.loads((folder / 'progress.json.tmp').read_bytes())
         return before if before['identity'] == start['identity'] else start
@@ -288,7 +281,7 @@ def _read_progress(folder, start):
 
 
 def _write_split(path, texts, tokenizer, end, dtype, split, progress, bar):
-    """Bring path.tmp from progress[split], which it keeps, to all of `texts`."""
+    """Write the ids of `texts` to path.tmp, from progress[split] on, and keep progress on disk."""
     temporary = Path(f'{path}.tmp')
     done, tokens = progress[split]
     if done == len(texts) and not temporary.exists() and path.exists():
@@ -301,7 +294,7 @@ def _write_split(path, texts, tokenizer, end, dtype, split, progress, bar):
 
         def keep():
             f.flush()
-            os.fsync(f.fileno())  # first the tokens, then the word that they are there
+            os.fsync(f.fileno())  # the tokens must be on the disk before the progress is
             progress[split] = [done, tokens]
             _replace(path.parent / 'progress.json.tmp', json.dumps(progress).encode())
 
@@ -312,9 +305,8 @@ def _write_split(path, texts, tokenizer, end, dtype, split, progress, bar):
             f.write(ids)
             done, tokens = done + count, tokens + len(ids)
             now = time.monotonic()
-            bar.set_postfix_str(
-                f'{(tokens - before) / (now - started):,.0f} tokens/s', refresh=False
-            )
+            speed = (tokens - before) / (now - started)
+            bar.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
             bar.update(count)
             if now - kept > PROGRESS_SECONDS:
                 keep()
@@ -323,9 +315,9 @@ def _write_split(path, texts, tokenizer, end, dtype, split, progress, bar):
 
 
 def _encode(texts, tokenizer, end, dtype, first):
-    """Yields (number of documents, their ids) in the order of `texts`, from number `first` on.
+    """Yield (number of documents, their ids) in the order of `texts`, from number `first` on.
 
-    Threads are enough: tiktoken computes without Python's lock, and hands over an array that is not built under it.
+    Threads suffice, because tiktoken encodes to an array without holding Python's lock.
     """
 
     def encode(start):
@@ -350,12 +342,12 @@ def _encode(texts, tokenizer, end, dtype, first):
 
 
 def cores():
-    """How many processors this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def _replace(path, content):
-    """Write `content` (bytes) to `path` as a whole, or leave `path` as it is."""
+    """Write `content` (bytes) to `path`, or leave `path` as it is."""
     temporary = Path(f'{path}.new.tmp')
     with open(temporary, 'wb') as f:
         f.write(content)
@@ -365,9 +357,9 @@ def _replace(path, content):
 
 
 def _commit(folder, meta, bpe_file):
-    """Give the finished *.tmp files their names, and nothing of an older data set stays beside them."""
+    """Rename the finished *.tmp files and remove the files of an older data set."""
     contents = {}
-    if meta['tokenizer'] == 'char':  # in nanoGPT's own form
+    if meta['tokenizer'] == 'char':
         ids = {c: i for i, c in enumerate(meta['itos'])}
         of_nanogpt = {'vocab_size': len(ids), 'itos': dict(enumerate(meta['itos'])), 'stoi': ids}
         contents['meta.pkl'] = pickle.dumps(of_nanogpt)
@@ -376,18 +368,18 @@ def _commit(folder, meta, bpe_file):
     contents['meta.json'] = json.dumps(meta, indent=1).encode()
     for name, content in contents.items():
         _replace(folder / f'{name}.tmp', content)
-    # From here to the last rename meta.json.tmp stands without a meta.json: so a reader knows, should this process be
-    # killed now, that the .bin files may be of two makings.
+    # Until the last rename there is meta.json.tmp but no meta.json. If this process is killed here,
+    # that tells a reader that the .bin files may not belong together.
     for name in ('meta.json', 'meta.pkl', BPE_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in ('train.bin', 'val.bin', *contents):
-        if (folder / f'{name}.tmp').exists():  # the call before may have come as far as here
+        if (folder / f'{name}.tmp').exists():  # else an interrupted call renamed it
             os.replace(folder / f'{name}.tmp', folder / name)
     (folder / 'progress.json.tmp').unlink()
 
 
 def read_text(path):
-    """The text of a UTF-8 file. Fails where there is none, it is empty or it is not UTF-8."""
+    """Return the text of a UTF-8 file. Fails if it is missing, empty or not UTF-8."""
     try:
         text = Path(path).read_bytes().decode('utf-8')
     except OSError as e:
@@ -400,15 +392,13 @@ def read_text(path):
 
 
 class Arguments(argparse.ArgumentParser):
-    """The parser of a prepare script, from its docstring: wrong arguments end as every other mistake does."""
+    """Parse a script's arguments; --help prints its docstring. Fails on wrong arguments."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_bpe_file(self):
-        text = (
-            "GPT-2's vocabulary, gpt2.tiktoken, in place of the one that tiktoken has or downloads"
-        )
+        text = "GPT-2's vocabulary, gpt2.tiktoken, in place of tiktoken's"
         self.add_argument('--bpe_file', metavar='FILE', help=text)
 
     def error(self, message):

@@ -1,4 +1,4 @@
-"""Reading a prepared data set: batches that follow from the seed and their number alone, made ahead of their use."""
+"""Read a prepared data set. A batch depends only on the seed and its number."""
 
 import io
 import json
@@ -18,22 +18,22 @@ CHECKED_AT_OPEN = 1 << 26  # tokens of each split: 128 MB
 
 
 class TokenData:
-    """The two splits of the data set in `folder`, mapped into memory, and `meta`, what its meta.json says.
+    """Map the two splits of the data set in `folder` into memory.
 
-    meta is None where there is neither meta.json nor nanoGPT's meta.pkl: the tokens are then GPT-2's, as nanoGPT's
-    OpenWebText has them.
     block_size: tokens in a sequence; batch() and sequential() need it.
-    vocab_size: how many ids the model knows; where it is not said, the data set's own number counts.
-    Fails where the data set is not prepared, damaged, shorter than block_size + 1 tokens, or has ids >= vocab_size.
+    vocab_size: how many ids the model has; by default as many as the data set.
+    The attribute meta is the content of meta.json or of nanoGPT's meta.pkl. It is None if there is
+    neither: the tokens are then GPT-2's, as in nanoGPT's OpenWebText.
+    Fails if the data set is not prepared, is damaged, has a split of fewer than block_size + 1
+    tokens, or has ids >= vocab_size.
     """
 
     def __init__(self, folder, block_size=None, vocab_size=None):
         self.folder = Path(folder)
         self.block_size = block_size
         missing = [name for name in ('train.bin', 'val.bin') if not (self.folder / name).is_file()]
-        unfinished = (self.folder / 'meta.json.tmp').exists() and not (
-            self.folder / 'meta.json'
-        ).exists()
+        has_meta = (self.folder / 'meta.json').exists()
+        unfinished = (self.folder / 'meta.json.tmp').exists() and not has_meta
         if missing or unfinished:
             _fail_unprepared(self.folder)
         self.meta = read_meta(self.folder)
@@ -43,47 +43,45 @@ class TokenData:
 
     def _open(self, split):
         path = self.folder / f'{split}.bin'
+        remedy = _remedy(self.folder)
         length, rest = divmod(path.stat().st_size, self.dtype.itemsize)
         if rest:
             odd = 'an odd number of' if self.dtype.itemsize == 2 else f'{path.stat().st_size}'
-            fail(
-                f'{path} has {odd} bytes and is no list of {self.dtype.name} tokens; {_remedy(self.folder)}'
-            )
-        needed = (self.block_size or 1) + 1
-        if length < needed:
-            fail(
-                f'{path} has {length} tokens, a block of {needed - 1} needs {needed}; lower block_size or add text'
-            )
+            fail(f'{path} has {odd} bytes and is no list of {self.dtype.name} tokens; {remedy}')
+        block = self.block_size or 1
+        if length < block + 1:
+            problem = f'{path} has {length} tokens, a block of {block} needs {block + 1}'
+            fail(f'{problem}; lower block_size or add text')
         expected = (self.meta or {}).get(f'{split}_tokens', length)
         if length != expected:
-            fail(
-                f'{path} has {length} tokens where meta.json says {expected}; {_remedy(self.folder)}'
-            )
+            fail(f'{path} has {length} tokens where meta.json says {expected}; {remedy}')
         try:
-            tokens = np.memmap(path, dtype=self.dtype, mode='r').view(
-                np.ndarray
-            )  # a plain array is cheaper to slice
+            mapped = np.memmap(path, dtype=self.dtype, mode='r')
         except OSError as e:
             fail(f'cannot read {path} ({e.strerror or e})')
+        tokens = mapped.view(np.ndarray)  # a plain array is cheaper to slice
         self._check(split, tokens[:CHECKED_AT_OPEN])
         return tokens
 
     def _check(self, split, tokens):
         largest = int(tokens.max())
-        if largest >= self.vocab_size:
+        last = self.vocab_size - 1
+        if largest > last:
             path = self.folder / f'{split}.bin'
             fail(
-                f'{path} has the token {largest}, the vocabulary ends at {self.vocab_size - 1}: '
+                f'{path} has the token {largest}, the vocabulary ends at {last}: '
                 f'{_remedy(self.folder)}, or use the data set that the model was made for'
             )
 
     def batch(self, split, seed, index, size, rows=slice(None)):
-        """Sequences number `rows` of the batch number `index`, which has `size` of them, drawn at random.
+        """Return the sequences `rows` of batch number `index`, drawn at random.
 
-        Returns x and y, int64 tensors (rows, block_size); y is x one token later. A pure function of its arguments:
-        the whole batch follows from (split, seed, index), `rows` only says which part of it to read, so that it is
-        the same set of sequences however processes and micro-steps divide it. An evaluation on the training split
-        takes another seed than the training, or it gets the very batches that were trained on.
+        split: 'train' or 'val'. size: sequences in the full batch. rows: a slice of it.
+        Returns x and y, int64 tensors (rows, block_size); y is x one token later.
+
+        The batch follows from (split, seed, index, size) alone, so processes and micro-steps can
+        divide it in any way. An evaluation on the training split needs its own seed, or it reads
+        the batches that were trained on.
         """
         tokens = self.splits[split]
         entropy = np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), index))
@@ -92,21 +90,21 @@ class TokenData:
         return self._tensors(split, sequences[:, :-1], sequences[:, 1:])
 
     def sequential(self, split, batch_size):
-        """Yields x and y that cover the split once: every token but the first is a target exactly once.
+        """Yield x and y that cover the split once: each token but the first is a target once.
 
-        int64 tensors (batch_size, block_size), one with fewer rows, and one of shape (1, rest) for what is left.
+        x and y are int64 tensors (batch_size, block_size). The last may have fewer rows, and is
+        followed by one of shape (1, rest) if tokens are left.
         """
         tokens = self.splits[split]
-        whole = (len(tokens) - 1) // self.block_size * self.block_size
+        full = (len(tokens) - 1) // self.block_size * self.block_size  # tokens in full sequences
         step = batch_size * self.block_size
         shape = (-1, self.block_size)
-        for start in range(0, whole, step):
-            end = min(start + step, whole)
-            yield self._tensors(
-                split, tokens[start:end].reshape(shape), tokens[start + 1 : end + 1].reshape(shape)
-            )
-        if whole < len(tokens) - 1:
-            yield self._tensors(split, tokens[None, whole:-1], tokens[None, whole + 1 :])
+        for start in range(0, full, step):
+            end = min(start + step, full)
+            x, y = tokens[start:end], tokens[start + 1 : end + 1]
+            yield self._tensors(split, x.reshape(shape), y.reshape(shape))
+        if full < len(tokens) - 1:
+            yield self._tensors(split, tokens[None, full:-1], tokens[None, full + 1 :])
 
     def _tensors(self, split, x, y):
         self._check(split, x)
@@ -115,9 +113,9 @@ class TokenData:
 
 
 def read_meta(folder):
-    """What folder/meta.json holds, a dict (data/prepare.py's write_dataset), or None where there is none.
+    """Return the dict in folder/meta.json (see write_dataset in data/prepare.py), or None.
 
-    Where nanoGPT's meta.pkl is there instead, the same dict for the characters that it holds.
+    If only nanoGPT's meta.pkl is there, return the equivalent dict. Return None without either.
     """
     readers = {'meta.json': json.loads, 'meta.pkl': _meta_of_nanogpt}
     path = next((Path(folder) / name for name in readers if (Path(folder) / name).exists()), None)
@@ -131,26 +129,26 @@ def read_meta(folder):
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
-        fail(
-            f'{path} does not describe a data set of 16- or 32-bit tokens; {_remedy(Path(folder))}'
-        )
+        problem = f'{path} does not describe a data set of 16- or 32-bit tokens'
+        fail(f'{problem}; {_remedy(Path(folder))}')
     return meta
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes the containers, numbers and strings of Python and nothing else: a pickle may name any function to call."""
+    """Unpickle only containers, numbers and strings, because a pickle may call any function."""
 
     def find_class(self, module, name):
         raise ValueError(f'names {module}.{name}')
 
 
 def _meta_of_nanogpt(pickled):
-    """meta.json's dict for the meta.pkl of a character-level data set: {'vocab_size', 'itos': {id: character}, ...}."""
+    """Return meta.json's dict for nanoGPT's meta.pkl of a character-level data set.
+
+    pickled: a dict with 'vocab_size' and 'itos': {id: character}.
+    """
     try:
         meta = _PlainUnpickler(io.BytesIO(pickled)).load()
-    except (
-        Exception
-    ) as e:  # bytes that are no pickle make the unpickler raise what they happen to lead to
+    except Exception as e:  # arbitrary bytes may raise any type
         raise ValueError(str(e)) from e
     itos = [meta['itos'][i] for i in range(len(meta['itos']))]
     if not all(isinstance(c, str) and len(c) == 1 for c in itos):
@@ -159,7 +157,7 @@ def _meta_of_nanogpt(pickled):
 
 
 def _holds_data_sets(folder):
-    """Whether this is data/ itself, whose prepare.py is no script."""
+    """Return whether `folder` is data/ itself, whose prepare.py is no script."""
     return folder.resolve() == Path(__file__).resolve().parent
 
 
@@ -172,25 +170,22 @@ def _fail_unprepared(folder):
     above = folder if _holds_data_sets(folder) else folder.parent
     if folder.is_dir() and above != folder:
         fail(f'the data set {folder} is not prepared; {_remedy(folder)}')
-    others = {
-        path.parent.name for name in ('prepare.py', 'train.bin') for path in above.glob(f'*/{name}')
-    }
-    fail(f'there is no data set {folder}; those in {above}: {", ".join(sorted(others)) or "none"}')
+    files = [*above.glob('*/prepare.py'), *above.glob('*/train.bin')]
+    others = ', '.join(sorted({path.parent.name for path in files}))
+    fail(f'there is no data set {folder}; those in {above}: {others or "none"}')
 
 
 def prefetch(make, first, depth=2):
-    """Yields make(first), make(first + 1), ... without end; a thread makes up to `depth` of them ahead of their use.
+    """Yield make(first), make(first + 1), ... without end, and compute up to `depth` of them ahead.
 
-    What make raises, SystemExit included, is raised where its result would have come, and nothing is made after it.
-    close() ends the thread.
+    A thread calls make. An exception of make, SystemExit included, is raised in place of its
+    result, and ends the calls. close() ends the thread.
     """
     broken = False
 
     def work(i):
         nonlocal broken
-        if (
-            broken
-        ):  # nobody will ask for this result, and the same complaint must not be printed again
+        if broken:  # make may print its error: do not print it twice
             return None
         try:
             return make(i)
@@ -210,7 +205,7 @@ def prefetch(make, first, depth=2):
 
 
 def to_device(batch, device):
-    """The tensors of `batch` on `device`; on cuda the copy runs while the caller goes on."""
+    """Copy the tensors of `batch` to `device`; to cuda, asynchronously."""
     if torch.device(device).type == 'cuda':
         return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
     return tuple(tensor.to(device) for tensor in batch)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All that needs a GPU in one go: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the three optimizers on
-# data/linux (results/README.md, section 6, says how to prepare it); what they print goes to $OUT (default out-gpu).
+# Run all that needs a GPU: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the three
+# optimizers on data/linux (results/README.md, section 6, says how to prepare it). The output goes
+# to $OUT, by default out-gpu.
 #
 #     bash scripts/gpu.sh                        all of it
 #     bash scripts/gpu.sh tests optimizer        only these
 #     PYTHON=python3 OUT=/tmp/figures bash scripts/gpu.sh
 #
-# No step keeps the next from running; the exit status is the number of those that failed.
+# A failed step does not stop the next one. The exit status is the number of failed steps.
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-out-gpu}
@@ -14,7 +15,7 @@ mkdir -p "$OUT"
 names=" $* "
 failed=0
 
-step() { # step NAME COMMAND...: its output goes to $OUT/NAME.txt and to the terminal
+step() { # step NAME COMMAND...: write the output to $OUT/NAME.txt and to the terminal
     [[ $names == "  " || $names == *" $1 "* ]] || return
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$OUT/$1.txt"
@@ -26,14 +27,14 @@ step() { # step NAME COMMAND...: its output goes to $OUT/NAME.txt and to the ter
 
 step machine nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
 step versions "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'
-step tests "$PYTHON" -m pytest -q -s tests/test_fused.py
-# torch's cache would hide an access beyond a tensor: it has no gaps
+step tests "$PYTHON" -m pytest -q -s tests/test_kernels_gpu.py
+# torch's caching allocator leaves no gaps, which would hide an access beyond a tensor
 step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
-    "$PYTHON" -m pytest -q tests/test_fused.py -k 'takes_the_steps or any_number or aligned'
+    "$PYTHON" -m pytest -q tests/test_kernels_gpu.py -k 'takes_the_steps or any_number or aligned'
 step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
 step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
 step train "$PYTHON" bench.py --what=train
-# 450 iterations of 65,536 tokens; looks every fiftieth of the run, a ramp of a quarter, as in results/linux
+# 450 iterations of 65,536 tokens, 50 checks of the growth, a ramp of a quarter, as in results/linux
 step study "$PYTHON" compare.py config/train_gpt2_adamw.py 'config/train_gpt2_cpr.py --reg_step_size=9' \
     'config/train_gpt2_wn.py --wn_ramp_iters=112' 'config/train_gpt2_wn.py --wn_from={1} --wn_ramp_iters=112' \
     --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \

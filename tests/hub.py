@@ -1,9 +1,9 @@
-"""A Hugging Face hub on this machine, as far as its clients ask one for data sets and models.
+"""Serve data sets and models on this machine, as the Hugging Face hub does to its clients.
 
-    with Hub(folder) as hub: ...            serves folder/datasets/OWNER/NAME/... and folder/OWNER/NAME/...
+    with Hub(folder) as hub: ...            serves folder/datasets/OWNER/NAME and folder/OWNER/NAME
     python tests/hub.py SCRIPT ARGUMENT...  runs a script in a process that finds no other machine
 
-What the clients send and expect was seen from huggingface_hub 2.4 and datasets 5.2; the addresses are those of
+It answers the requests that huggingface_hub 2.4 and datasets 5.2 send. The addresses are those of
 https://huggingface.co/docs/hub/api.
 """
 
@@ -27,7 +27,10 @@ FILE = re.compile(r'/(?P<repo>.+?)/resolve/[^/]+/(?P<path>.+)')
 
 
 def only_this_machine(getaddrinfo):
-    """socket.getaddrinfo without any other machine: where a firewall swallows the question, no answer ever comes."""
+    """Return a getaddrinfo that fails for other machines.
+
+    A firewall that drops the packets would make the real one wait for ever.
+    """
 
     def look_up(host, *args, **kwargs):
         if host not in (None, 'localhost', '127.0.0.1', '::1', socket.gethostname()):
@@ -41,9 +44,7 @@ class Hub:
     def __init__(self, folder):
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.server.folder, self.server.served = Path(folder), []
-        self.served = (
-            self.server.served
-        )  # the files that were given, as the addresses of their repositories have them
+        self.served = self.server.served  # files sent so far, as REPOSITORY/PATH
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -75,16 +76,11 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, found, sent):
         repo = self.server.folder / found['repo']
         if found['call'] == 'tree':
-            content = [
-                _entry(path, repo)
-                for path in sorted((repo / found['rest'].partition('/')[2]).iterdir())
-            ]
+            folder = repo / found['rest'].partition('/')[2]
+            content = [_entry(path, repo) for path in sorted(folder.iterdir())]
         elif found['call'] == 'paths-info':
-            content = [
-                _entry(repo / path, repo)
-                for path in parse_qs(sent)['paths']
-                if (repo / path).exists()
-            ]
+            paths = [repo / path for path in parse_qs(sent)['paths']]
+            content = [_entry(path, repo) for path in paths if path.exists()]
         else:
             files = [path.relative_to(repo) for path in sorted(repo.rglob('*')) if path.is_file()]
             content = {
@@ -121,12 +117,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path, repo):
-    kind = (
-        {'type': 'file', 'size': path.stat().st_size, 'oid': _digest(path)}
-        if path.is_file()
-        else {'type': 'directory', 'oid': COMMIT}
-    )
-    return {**kind, 'path': str(path.relative_to(repo))}
+    name = str(path.relative_to(repo))
+    if path.is_file():
+        return {'path': name, 'type': 'file', 'size': path.stat().st_size, 'oid': _digest(path)}
+    return {'path': name, 'type': 'directory', 'oid': COMMIT}
 
 
 def _digest(path):

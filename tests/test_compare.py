@@ -1,4 +1,4 @@
-"""compare.py: the numbers of its report, against logs written by hand, and runs of a stub's size."""
+"""Test compare.py: its report against logs written by hand, and tiny runs of its own."""
 
 import json
 import os
@@ -22,27 +22,21 @@ SMALL = [word for word in TINY if not word.startswith('--eval_iters')] + ['--log
 
 
 def start(out, *arguments, **options):
-    """compare.py as its user starts it; it makes processes of its own, so it is one."""
+    """Start compare.py as its user does."""
     command = [sys.executable, 'compare.py', *map(str, arguments), f'--out={out}', *SMALL]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        **options,
-    )
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **options)
 
 
 def results(out):
-    """{(config, seed): its line in results.jsonl, less where and how fast it was made}."""
+    """Return {(config, seed): line of results.jsonl}, without its place and speed."""
     elsewhere = ('out_dir', 'ms', 'tokens_per_s', 'command')
-    lines = map(json.loads, (out / 'results.jsonl').read_text().splitlines())
-    return {
-        (line['config'], line['seed']): {k: v for k, v in line.items() if k not in elsewhere}
-        for line in lines
-    }
+    found = {}
+    for line in map(json.loads, (out / 'results.jsonl').read_text().splitlines()):
+        run = line['config'], line['seed']
+        found[run] = {k: v for k, v in line.items() if k not in elsewhere}
+    return found
 
 
 def files(folder):
@@ -51,14 +45,10 @@ def files(folder):
 
 @pytest.fixture(scope='module')
 def recipe(dataset, tmp_path_factory):
-    """AdamW and AdamWN to where AdamW ended, two seeds: the folder, and the arguments that made it."""
+    """Compare AdamW with AdamWN to its norms, two seeds: the folder and the arguments."""
     out = tmp_path_factory.mktemp('results') / 'recipe'
-    arguments = [
-        ADAMW,
-        f'{WN} --wn_from={{1}} --wn_ramp_iters=2',
-        '--seeds=1,2',
-        f'--dataset={dataset}',
-    ]
+    wn = f'{WN} --wn_from={{1}} --wn_ramp_iters=2'
+    arguments = [ADAMW, wn, '--seeds=1,2', f'--dataset={dataset}']
     process = start(out, *arguments, '--jobs=2')
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -67,34 +57,20 @@ def recipe(dataset, tmp_path_factory):
 
 @pytest.fixture
 def finished(tmp_path):
-    """finished(name, val_losses of each seed, ...) is a Config whose runs have logs of these evaluations."""
+    """Return finished(name, val_losses of a seed, ...), which makes a Config with these logs."""
 
     def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None):
         config = compare.Config([f'config/{name}.py'], name)
+        speed = {'ms': ms, 'tokens_per_s': 2e4 / ms, 'mfu': mfu}
         for seed, losses in enumerate(val_losses, 1):
-            entries = [
-                {
-                    'kind': 'config',
-                    'config': {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100},
-                },
-                *(
-                    {
-                        'kind': 'train',
-                        'iter': i,
-                        'loss': 1.0,
-                        'ms': ms,
-                        'tokens_per_s': 2e4 / ms,
-                        'mfu': mfu,
-                    }
-                    for i in range(3)
-                ),
-                *(
-                    {'kind': 'eval', 'iter': 100 * i, 'train_loss': 1.0, 'val_loss': loss}
-                    for i, loss in enumerate(losses)
-                ),
-                {'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}},
-                {'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}},
-            ]
+            settings = {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100}
+            entries = [{'kind': 'config', 'config': settings}]
+            entries += [{'kind': 'train', 'iter': i, 'loss': 1.0, **speed} for i in range(3)]
+            for i, loss in enumerate(losses):
+                evaluation = {'iter': 100 * i, 'train_loss': 1.0, 'val_loss': loss}
+                entries.append({'kind': 'eval', **evaluation})
+            entries.append({'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}})
+            entries.append({'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}})
             out_dir = write_log(tmp_path / name / str(seed), entries)
             run = compare.Run(seed, out_dir, [f'config/{name}.py'], runlog.read(out_dir))
             run.result = compare.result_of(run, config)
@@ -146,10 +122,8 @@ def test_a_star_marks_a_paired_t_test_below_5_percent(finished, differences, p):
 
 
 def test_a_run_that_blew_up_is_reported_as_such(finished):
-    first, second = (
-        finished('first', [4.0, 2.0], [4.0, 2.1]),
-        finished('second', [4.0, None], [4.0, 2.0]),
-    )
+    first = finished('first', [4.0, 2.0], [4.0, 2.1])
+    second = finished('second', [4.0, None], [4.0, 2.0])
     row = compare.table([first, second])[1]
     assert row[2:5] == ['inf', '3.0000 ± 1.4142', '+inf']
     assert 'inf' in compare.report([first, second], 'results/x', [], {}, {})
@@ -208,9 +182,8 @@ def test_every_number_is_that_of_a_train_py_run(recipe, script, tmp_path):
     again = tmp_path / 'again'  # the last run, by its command
     outcome = script('train.py', *line['command'].split()[2:], f'--out_dir={again}')
     assert outcome.status == 0, outcome.err
-    assert [e['val_loss'] for e in runlog.read(again) if e['kind'] == 'eval'] == list(
-        line['val_losses'].values()
-    )
+    val_losses = [e['val_loss'] for e in runlog.read(again) if e['kind'] == 'eval']
+    assert val_losses == list(line['val_losses'].values())
 
 
 def test_a_number_in_braces_is_the_run_of_that_config_with_the_same_seed(recipe):
@@ -226,18 +199,10 @@ def test_the_report_names_all_commands_pictures_and_the_machine(recipe):
     out, arguments = recipe
     text = (out / 'report.md').read_text()
     command = text.split('```')[1].replace('\\\n', '')
-    assert shlex.split(command) == [
-        'python',
-        'compare.py',
-        *arguments,
-        '--jobs=2',
-        f'--out={out}',
-        *SMALL,
-    ]
-    assert (
-        all(f'({path.name})' in text for path in out.glob('*.png'))
-        and len(list(out.glob('*.png'))) == 3
-    )
+    given = [*arguments, '--jobs=2', f'--out={out}', *SMALL]
+    assert shlex.split(command) == ['python', 'compare.py', *given]
+    pictures = list(out.glob('*.png'))
+    assert len(pictures) == 3 and all(f'({path.name})' in text for path in pictures)
     assert 'torch' in text and 'not recorded' not in text
 
 
@@ -262,17 +227,14 @@ def test_a_run_from_anothers_checkpoint_waits_until_it_is_finished(tmp_path, dat
     _, err = start(out, ADAMW, f'--init_from={tmp_path}/ckpt.pt', *common).communicate()
     assert 'made with init_from=scratch, not init_from=' in err
     (out / 'made.jsonl').write_text('{"out_dir": "cut o')
-    assert (
-        start(out, ADAMW, *common).wait() == 0 and 'not recorded' in (out / 'report.md').read_text()
-    )
+    assert start(out, ADAMW, *common).wait() == 0
+    assert 'not recorded' in (out / 'report.md').read_text()
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(recipe, tmp_path):
     out, arguments = tmp_path / 'killed', [word for word in recipe[1] if not word.startswith(WN)]
     process = start(out, *arguments, '--jobs=1', start_new_session=True)
-    while not list(
-        out.glob('runs/*/seed2/log.jsonl')
-    ):  # the first run is done, the second under way
+    while not list(out.glob('runs/*/seed2/log.jsonl')):  # until the second run has started
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The settings of a script: its globals, config files and --key=value over them, and what answers a mistake."""
+"""Test configurator.py: globals, config files, --key=value arguments, and mistakes in them."""
 
 import ast
 
@@ -53,11 +53,8 @@ def test_a_config_file_may_import_compute_and_use_settings(settings):
         "learning_rate = batch_size / 10\nout_dir = 'run-' + str(len(time.asctime()))"
     )
     configure(settings, [path])
-    assert (settings['batch_size'], settings['learning_rate'], settings['out_dir']) == (
-        24,
-        2.4,
-        'run-24',
-    )
+    expected = {'batch_size': 24, 'learning_rate': 2.4, 'out_dir': 'run-24'}
+    assert {key: settings[key] for key in expected} == expected
 
 
 def test_an_int_is_a_float_where_a_float_is_wanted(settings):
@@ -142,14 +139,10 @@ def test_help_of_each_script_lists_all_its_settings(script):
         outcome = script(name, '--help')
         with open(name) as f:
             body = ast.parse(f.read()).body
-        configured = next(
-            i
-            for i, node in enumerate(body)
-            if 'configure' in ast.dump(node) and not isinstance(node, (ast.Import, ast.ImportFrom))
-        )
-        names = [
-            t.id for node in body[:configured] if isinstance(node, ast.Assign) for t in node.targets
-        ]
+        body = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        calls = ['configure' in ast.dump(node) for node in body]
+        settings = [node for node in body[: calls.index(True)] if isinstance(node, ast.Assign)]
+        names = [target.id for node in settings for target in node.targets]
         assert outcome.status == 0 and len(names) > 10
         assert all(f'--{key}=' in outcome.out for key in names)
 

@@ -1,4 +1,4 @@
-"""What users of data/ rely on: whole data sets or none, batches that are pure, and every mistake answered in a line."""
+"""Test data/: complete data sets or none, batches that are pure functions, and mistakes."""
 
 import fcntl
 import gc
@@ -131,21 +131,16 @@ def test_sequential_makes_every_token_but_the_first_a_target_exactly_once(
         assert torch.equal(y, x + 1) and y.is_contiguous() and x.dtype == y.dtype == torch.int64
     full = [x for x, _ in batches if x.shape[1] == block_size]
     assert all(len(x) == batch_size for x in full[:-1]) and len(full[-1]) <= batch_size
-    assert (
-        all(x.shape == (1, 106 % block_size) for x, _ in batches[len(full) :])
-        and len(batches) - len(full) <= 1
-    )
+    rest = [x for x, _ in batches[len(full) :]]
+    assert len(rest) <= 1 and all(x.shape == (1, 106 % block_size) for x in rest)
 
 
 def test_to_device_keeps_the_values(numbered):
     x, y = TokenData(numbered, 16).batch('train', 1, 0, 5)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     moved = to_device((x, y), device)
-    assert (
-        torch.equal(moved[0].cpu(), x)
-        and torch.equal(moved[1].cpu(), y)
-        and moved[0].device.type == device
-    )
+    assert torch.equal(moved[0].cpu(), x) and torch.equal(moved[1].cpu(), y)
+    assert moved[0].device.type == device
 
 
 # Prefetching
@@ -195,7 +190,12 @@ def test_prefetch_leaves_no_thread_behind(leave):
 
 
 def test_prefetch_does_not_keep_an_interpreter_from_leaving():
-    script = 'from data.tokens import prefetch; batches = prefetch(lambda i: i, 0); next(batches); raise SystemExit(7)'
+    script = (
+        'from data.tokens import prefetch\n'
+        'batches = prefetch(lambda i: i, 0)\n'
+        'next(batches)\n'
+        'raise SystemExit(7)'
+    )
     assert subprocess.run([sys.executable, '-c', script], cwd=ROOT, timeout=20).returncode == 7
 
 
@@ -229,24 +229,8 @@ def test_the_grouped_pattern_cuts_as_tiktokens_own(bpe_file):
     openai_public = pytest.importorskip('tiktoken_ext.openai_public')
     theirs = regex_of(openai_public.r50k_pat_str, bpe_file)
     ours = GPT2Tokenizer(bpe_file)
-    pieces = [
-        "it's",
-        " I'LL",
-        '  ',
-        ' ',
-        '\n\n',
-        '\n',
-        '\t',
-        'é',
-        '数',
-        '12',
-        '½',
-        '...',
-        '\x1c',
-        '\u3000',
-        "'s",
-        'a',
-    ]
+    white = ['  ', ' ', '\n\n', '\n', '\t', '\x1c', '\u3000']
+    pieces = [*white, "it's", " I'LL", "'s", 'a', 'é', '数', '12', '½', '...']
     rng = np.random.default_rng(0)
     for _ in range(2000):
         text = ''.join(pieces[i] for i in rng.integers(len(pieces), size=12))
@@ -261,10 +245,8 @@ def regex_of(pattern, bpe_file):
 def test_a_vocabulary_that_is_not_gpt2s_is_named(bpe_file, tmp_path, fails):
     (tmp_path / 'short').write_bytes(bpe_file.read_bytes()[:1000].rsplit(b'\n', 1)[0])
     (tmp_path / 'prose').write_text('no vocabulary\n')
-    for name in ('short', 'prose', 'missing'):
-        assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(
-            GPT2Tokenizer, tmp_path / name
-        )
+    for path in (tmp_path / 'short', tmp_path / 'prose', tmp_path / 'missing'):
+        assert f"{path} is not GPT-2's vocabulary" in fails(GPT2Tokenizer, path)
 
 
 def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, fails):
@@ -302,10 +284,8 @@ def test_a_data_set_reads_as_it_was_written(tmp_path, capsys):
     assert 'train 3, val 2' in capsys.readouterr().out
     assert (tmp_path / 'train.bin').read_bytes() == b'\x01\x00\x02\x00\xff\xff'
     data = TokenData(tmp_path)
-    assert data.splits['train'].tolist() == [1, 2, 65535] and data.splits['val'].tolist() == [
-        0,
-        65534,
-    ]
+    assert data.splits['train'].tolist() == [1, 2, 65535]
+    assert data.splits['val'].tolist() == [0, 65534]
     written = {'source': {'text': 'x'}, 'dtype': 'uint16', 'train_tokens': 3, 'val_tokens': 2}
     assert data.meta == {**ids.meta, **written}
     assert sorted(contents(tmp_path)) == FILES
@@ -322,9 +302,8 @@ def test_a_vocabulary_beyond_16_bits_is_written_and_read_in_32(tmp_path):
 def test_nanogpt_finds_its_meta_pkl_and_no_older_one_stays(tmp_path, bpe_file):
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
     meta = pickle.loads((tmp_path / 'meta.pkl').read_bytes())
-    assert (
-        ''.join(meta['itos'][meta['stoi'][c]] for c in 'ab é') == 'ab é' and meta['vocab_size'] == 6
-    )
+    assert meta['vocab_size'] == 6
+    assert ''.join(meta['itos'][meta['stoi'][c]] for c in 'ab é') == 'ab é'
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, GPT2Tokenizer(bpe_file), {})
     assert sorted(contents(tmp_path)) == ['gpt2.tiktoken', 'meta.json', 'train.bin', 'val.bin']
     write_dataset(tmp_path, {'train': ['ab'], 'val': ['b ']}, CHAR, {})
@@ -335,14 +314,13 @@ def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
     monkeypatch.setattr('data.prepare.cores', lambda: 3)
     documents = [[i] * (i % 7) for i in range(1000)]  # among them empty ones
     write_dataset(tmp_path, {'train': documents, 'val': [[1, 1]]}, Ids(1000), {})
-    assert TokenData(tmp_path, None, 1000).splits['train'].tolist() == [
-        i for ids in documents for i in ids
-    ]
+    written = TokenData(tmp_path, None, 1000).splits['train'].tolist()
+    assert written == [i for ids in documents for i in ids]
 
 
 @pytest.mark.parametrize('moment', [1, 8, 20, 33])
 def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
-    """Killed while it asks for the documents of a task: most of those asked for before are not asked for again."""
+    """A call that is killed while it slices its documents does not slice most of them again."""
     monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
     monkeypatch.setattr('data.prepare.DOCUMENTS_A_TASK', 32)
     monkeypatch.setattr('data.prepare.cores', lambda: 1)
@@ -354,7 +332,7 @@ def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
             with open(asked, 'a') as f:
                 f.write(f'{part.start}\n')
             if asked.read_text().count('\n') == moment:
-                time.sleep(0.2)  # what was made before is written meanwhile
+                time.sleep(0.2)  # for the finished tasks to be written
                 os._exit(9)
             return super().__getitem__(part)
 
@@ -387,9 +365,8 @@ def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monke
             return super().__getitem__(part)
 
     broken = {'train': Broken([[1]] * 100), 'val': [[1, 1]]}
-    assert 'row 64 has no text' in fails(
-        write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a'
-    )
+    error = fails(write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a')
+    assert 'row 64 has no text' in error
     write_dataset(tmp_path, {'train': [[2]] * 100, 'val': [[2, 2]]}, Ids(5), {}, fingerprint='b')
     assert set(TokenData(tmp_path, None, 5).splits['train'].tolist()) == {2}
     assert sorted(contents(tmp_path)) == FILES
@@ -424,9 +401,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, o
         write(tmp_path, [1] * 6, [2] * 6)
     calls = []
     child = os.fork()
-    if (
-        child == 0
-    ):  # dies, without any cleaning up, at the call number `moment` that changes the disk
+    if child == 0:  # dies without cleaning up, at call number `moment` that changes the disk
 
         def dying(call):
             def wrapper(*args, **kwargs):
@@ -436,11 +411,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_data_set_or_none(tmp_path, fails, o
             return wrapper
 
         try:
-            os.fsync, os.replace, Path.unlink = (
-                dying(os.fsync),
-                dying(os.replace),
-                dying(Path.unlink),
-            )
+            os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+            Path.unlink = dying(Path.unlink)
             write(tmp_path, [3] * 9, [4] * 9)
         finally:
             os._exit(0)
@@ -485,9 +457,8 @@ def test_a_data_set_that_is_not_prepared_names_the_command(fails, tmp_path, monk
     Path('data/bard/prepare.py').touch()
     assert 'run: python data/bard/prepare.py' in fails(TokenData, 'data/bard', 4)
     write(Path('data/own'), range(6))
-    assert 'there is no data set data/brad; those in data: bard, own' in fails(
-        TokenData, 'data/brad', 4
-    )
+    error = fails(TokenData, 'data/brad', 4)
+    assert 'there is no data set data/brad; those in data: bard, own' in error
     Path('data/bard/train.bin').write_bytes(b'\0' * 100)
     assert 'not prepared' in fails(TokenData, 'data/bard', 4)
 
@@ -523,13 +494,10 @@ def test_a_split_of_another_length_than_meta_says_is_named(numbered, fails):
 
 
 def test_ids_beyond_the_vocabulary_are_named_at_opening(numbered, fails):
-    assert 'train.bin has the token 999, the vocabulary ends at 998' in fails(
-        TokenData, numbered, 16, vocab_size=999
-    )
-    meta = json.loads((numbered / 'meta.json').read_text()) | {
-        'vocab_size': 500,
-        'itos': ['a'] * 500,
-    }
+    error = fails(TokenData, numbered, 16, vocab_size=999)
+    assert 'train.bin has the token 999, the vocabulary ends at 998' in error
+    meta = json.loads((numbered / 'meta.json').read_text())
+    meta |= {'vocab_size': 500, 'itos': ['a'] * 500}
     (numbered / 'meta.json').write_text(json.dumps(meta))
     assert 'the vocabulary ends at 499' in fails(TokenData, numbered, 16)
 
@@ -539,9 +507,8 @@ def test_ids_beyond_the_vocabulary_are_named_when_they_are_first_read(numbered, 
     data = TokenData(numbered, 16, vocab_size=50)
     assert 'vocabulary ends at 49' in fails(data.batch, 'train', 1, 0, 100)
     assert 'vocabulary ends at 49' in fails(list, data.sequential('val', 4))
-    assert 'vocabulary ends at 49' in fails(
-        next, prefetch(lambda i: data.batch('train', 1, i, 100), 0)
-    )
+    batches = prefetch(lambda i: data.batch('train', 1, i, 100), 0)
+    assert 'vocabulary ends at 49' in fails(next, batches)
     last_target = TokenData(numbered, 106, vocab_size=106)
     assert 'vocabulary ends at 105' in fails(list, last_target.sequential('val', 1))
 
@@ -627,22 +594,11 @@ def test_a_meta_pkl_is_read_without_executing_it_and_named_where_it_is_none(tmp_
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-    """A copy of the scripts to run, so that the data sets of this checkout stay as they are."""
+    """Copy the scripts, so that running them leaves the data sets of this checkout alone."""
     root = tmp_path_factory.mktemp('checkout')
-    names = (
-        'pystdlib_char',
-        'shakespeare_char',
-        'shakespeare_scarce',
-        'shakespeare',
-        'text',
-        'openwebtext',
-    )
-    for path in (
-        'runtime.py',
-        'data/prepare.py',
-        'data/tokens.py',
-        *(f'data/{name}/prepare.py' for name in names),
-    ):
+    names = 'pystdlib_char', 'shakespeare_char', 'shakespeare_scarce', 'shakespeare'
+    scripts = [f'data/{name}/prepare.py' for name in (*names, 'text', 'openwebtext')]
+    for path in ('runtime.py', 'data/prepare.py', 'data/tokens.py', *scripts):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, root / path)
     return root
@@ -650,7 +606,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture
 def run_script(checkout, monkeypatch):
-    """Runs a prepare script of the checkout in this process: a process of its own spends seconds on imports."""
+    """Run a prepare script of the checkout in this process, which saves seconds of imports."""
     monkeypatch.setattr(sys, 'path', sys.path.copy())
 
     def call(name, *args):
@@ -662,17 +618,10 @@ def run_script(checkout, monkeypatch):
 
 
 def run_process(checkout, name, *args):
-    """Runs a prepare script of the checkout as a user does, from another folder and with every download refused."""
-    refused = {
-        'http_proxy': 'http://127.0.0.1:9',
-        'https_proxy': 'http://127.0.0.1:9',
-        'no_proxy': '',
-    }
-    env = (
-        os.environ
-        | refused
-        | {'TIKTOKEN_CACHE_DIR': str(checkout / 'cache'), 'PYTHONHASHSEED': '1'}
-    )
+    """Run a prepare script of the checkout from another folder, with every download refused."""
+    nobody = 'http://127.0.0.1:9'
+    env = {**os.environ, 'http_proxy': nobody, 'https_proxy': nobody, 'no_proxy': ''}
+    env |= {'TIKTOKEN_CACHE_DIR': str(checkout / 'cache'), 'PYTHONHASHSEED': '1'}
     command = [sys.executable, f'{checkout.name}/data/{name}/prepare.py', *args]
     return subprocess.run(command, cwd=checkout.parent, env=env, capture_output=True, text=True)
 
@@ -707,22 +656,16 @@ def test_pystdlib_char_puts_a_file_on_one_side_by_its_path_alone(tmp_path):
 
 
 def test_pystdlib_char_leaves_out_tests_packages_and_what_is_not_printable_ascii(tmp_path):
-    for name in (
-        'test',
-        'json/tests',
-        'idlelib/idle_test',
-        'site-packages/x',
-        '__pycache__',
-        'json',
-    ):
+    left_out = 'test', 'json/tests', 'idlelib/idle_test', 'site-packages/x', '__pycache__'
+    for name in (*left_out, 'json'):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / 'a.py').write_text('x = 1\n')
     (tmp_path / 'latin.py').write_bytes(b'# -*- coding: latin-1 -*-\n# \xe9\n')
     (tmp_path / 'feed.py').write_text('x = 1\n\f\n')
     (tmp_path / '_sysconfigdata__linux.py').write_text('x = 1\n')
     (tmp_path / 'gone.py').symlink_to(tmp_path / 'nowhere.py')
-    train, val, left_out = collect(tmp_path)
-    assert [*train, *val] == ['json/a.py'] and left_out == 2
+    train, val, not_ascii = collect(tmp_path)
+    assert [*train, *val] == ['json/a.py'] and not_ascii == 2
 
 
 def test_pystdlib_char_without_sources_says_so(tmp_path, fails):
@@ -739,9 +682,8 @@ def test_shakespeare_char_splits_a_local_copy_90_to_10(checkout, run_script, tmp
     data = TokenData(checkout / 'data/shakespeare_char', 8)
     train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
     assert train + val == TO_BE and len(train) == len(TO_BE) * 9 // 10
-    assert data.meta['itos'] == sorted(set(TO_BE)) and data.meta['source']['text'] == str(
-        tmp_path / 'input.txt'
-    )
+    assert data.meta['itos'] == sorted(set(TO_BE))
+    assert data.meta['source']['text'] == str(tmp_path / 'input.txt')
 
 
 def test_shakespeare_scarce_is_part_of_shakespeare_char(checkout, run_script, tmp_path):
@@ -751,21 +693,18 @@ def test_shakespeare_scarce_is_part_of_shakespeare_char(checkout, run_script, tm
     for name in ('shakespeare_scarce', 'shakespeare_char'):
         run_script(name, '--input', tmp_path / 'input.txt')
         data = TokenData(checkout / 'data' / name, 8)
-        decoded[name] = [
-            tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val')
-        ]
-    assert decoded['shakespeare_scarce'] == [
-        part[:n] for part, n in zip(decoded['shakespeare_char'], (25000, 20000), strict=True)
-    ]
+        decode = tokenizer(data.meta).decode
+        decoded[name] = decode(data.splits['train']), decode(data.splits['val'])
+    train, val = decoded['shakespeare_char']
+    assert decoded['shakespeare_scarce'] == (train[:25000], val[:20000])
 
 
 def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkeypatch, bpe_file):
     monkeypatch.setattr(urllib.request, 'urlopen', lambda url, timeout: io.BytesIO(TO_BE.encode()))
     run_script('shakespeare', '--bpe_file', bpe_file)
     data = TokenData(checkout / 'data/shakespeare', 8)
-    train, val = (
-        tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val')
-    )
+    decode = tokenizer(data.meta, data.folder).decode
+    train, val = decode(data.splits['train']), decode(data.splits['val'])
     assert train + val == TO_BE and data.meta['vocab_size'] == 50257
 
 

@@ -1,4 +1,4 @@
-"""A data set and a model by their names on the hub, from one on this machine that the real clients talk to."""
+"""Test data sets and models by their names on the hub. The real clients talk to a local hub."""
 
 import json
 import os
@@ -16,7 +16,10 @@ TEXTS = [f'Document {i} has{" many" * (i % 9)} words.' for i in range(90)]
 
 @pytest.fixture
 def run(tmp_path):
-    """run('train.py', '--key=value', ...) in a process that knows only the hub in tmp_path/hub: (its end, the Hub)."""
+    """Return run('train.py', '--key=value', ...), which returns (CompletedProcess, Hub).
+
+    It starts a process that reaches only the hub in tmp_path/hub.
+    """
 
     def run(script, *arguments):
         with Hub(tmp_path / 'hub') as hub:
@@ -28,22 +31,17 @@ def run(tmp_path):
                 'HF_UPDATE_DOWNLOAD_COUNTS': '0',
                 'NO_PROXY': '127.0.0.1',
             }
-            command = [
-                sys.executable,
-                str(ROOT / 'tests' / 'hub.py'),
-                str(ROOT / script),
-                *map(str, arguments),
-            ]
-            return subprocess.run(
-                command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-            ), hub
+            wrapper = [sys.executable, str(ROOT / 'tests' / 'hub.py')]
+            command = [*wrapper, str(ROOT / script), *map(str, arguments)]
+            options = {'capture_output': True, 'text': True, 'timeout': 120}
+            return subprocess.run(command, cwd=tmp_path, env=env, **options), hub
 
     return run
 
 
 @pytest.fixture
 def corpora(tmp_path):
-    """The folder of two data sets on the hub, one whose texts are in two files, one of two configurations."""
+    """Return the folder of two data sets on the hub: one in two files, one in two configs."""
     folder = tmp_path / 'hub' / 'datasets'
     for path, texts in (
         ('Skylion007/openwebtext/plain_text/train-00000-of-00002', TEXTS[:40]),
@@ -52,19 +50,15 @@ def corpora(tmp_path):
         ('other/texts/large/part', TEXTS),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(
-            pyarrow.table({'body' if 'other' in path else 'text': texts}),
-            folder / f'{path}.parquet',
-        )
-    for name, configs in (
-        ('Skylion007/openwebtext', ['plain_text']),
-        ('other/texts', ['small', 'large']),
-    ):
-        card = [
-            f'- config_name: {c}\n  data_files: [{{split: train, path: {c}/*.parquet}}]\n'
-            for c in configs
-        ]
-        (folder / name / 'README.md').write_text('---\nconfigs:\n' + ''.join(card) + '---\n')
+        table = pyarrow.table({'body' if 'other' in path else 'text': texts})
+        pyarrow.parquet.write_table(table, folder / f'{path}.parquet')
+    configs = {'Skylion007/openwebtext': ['plain_text'], 'other/texts': ['small', 'large']}
+    for name, of_this_set in configs.items():
+        card = '---\nconfigs:\n'
+        for config in of_this_set:
+            files = f'[{{split: train, path: {config}/*.parquet}}]'
+            card += f'- config_name: {config}\n  data_files: {files}\n'
+        (folder / name / 'README.md').write_text(card + '---\n')
     return folder
 
 
@@ -92,14 +86,12 @@ def test_a_data_set_by_its_name_is_what_its_files_are(
     assert sorted(path for path in hub.served if path.endswith('.parquet')) == [
         f'datasets/{files}/{path.name}' for path in sorted((corpora / files).iterdir())
     ]
-    outcome, hub = prepare(
-        '--data_files', corpora / files / '*', f'--text_column={column}', '--out_dir=local'
-    )
+    local = '--data_files', corpora / files / '*', f'--text_column={column}'
+    outcome, hub = prepare(*local, '--out_dir=local')
     assert (outcome.returncode, hub.served) == (0, [])
     for name in ('train.bin', 'val.bin'):
-        assert (tmp_path / 'by_name' / name).read_bytes() == (
-            tmp_path / 'local' / name
-        ).read_bytes()
+        by_name, local = tmp_path / 'by_name' / name, tmp_path / 'local' / name
+        assert by_name.read_bytes() == local.read_bytes()
 
 
 def test_what_the_hub_does_not_have_is_said_in_a_line(prepare, run, corpora, dataset, tmp_path):
@@ -114,25 +106,20 @@ def test_what_the_hub_does_not_have_is_said_in_a_line(prepare, run, corpora, dat
         assert outcome.stderr.startswith('error: ') and outcome.stderr.count('\n') == 1
         assert not list((tmp_path / 'out').glob('*'))
     outcome, _ = run('train.py', *TINY, f'--dataset={dataset}', '--init_from=gpt2')
-    assert (
-        outcome.returncode == 2
-        and outcome.stderr.startswith('error: ')
-        and 'check the name' in outcome.stderr
-    )
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith('error: ') and 'check the name' in outcome.stderr
 
 
 def test_a_model_by_its_name_is_what_its_files_are(run, tmp_path, dataset):
     transformers = pytest.importorskip('transformers')
     vocab_size = len(json.loads((dataset / 'meta.json').read_text())['itos'])
     shape = dict(vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, n_positions=16)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(
-        tmp_path / 'hub' / 'gpt2'
-    )
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    reference.save_pretrained(tmp_path / 'hub' / 'gpt2')
     losses = []
     for source in ('gpt2', tmp_path / 'hub' / 'gpt2'):
-        outcome, hub = run(
-            'train.py', *TINY, f'--dataset={dataset}', f'--init_from={source}', '--eval_only=True'
-        )
+        settings = f'--dataset={dataset}', f'--init_from={source}', '--eval_only=True'
+        outcome, hub = run('train.py', *TINY, *settings)
         assert outcome.returncode == 0, outcome.stderr
         assert ('gpt2/model.safetensors' in hub.served) == (source == 'gpt2')
         losses.append([line for line in outcome.stdout.splitlines() if 'val loss' in line])

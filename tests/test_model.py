@@ -23,7 +23,7 @@ def tokens(*shape):
 
 
 def nanogpt_shapes(c):
-    """{name: shape} of nanoGPT's state dict for the config c."""
+    """Return {name: shape} of nanoGPT's state dict for the config c."""
     C, shapes = c.n_embd, {}
 
     def layer(name, *shape):
@@ -48,9 +48,8 @@ def nanogpt_shapes(c):
 @pytest.mark.parametrize('bias', [True, False])
 def test_state_dict_has_nanogpts_names_and_shapes_in_its_order(bias):
     model = tiny(bias=bias)
-    assert [(k, tuple(v.shape)) for k, v in model.state_dict().items()] == list(
-        nanogpt_shapes(model.config).items()
-    )
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    assert shapes == list(nanogpt_shapes(model.config).items())
 
 
 def test_gpt2_has_124_million_parameters():
@@ -74,9 +73,8 @@ def test_initial_weights_have_gpt2s_standard_deviations():
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(p.mean().item()) < 0.05 * expected, name
         else:
-            assert torch.equal(
-                p, torch.ones_like(p) if name.endswith('weight') else torch.zeros_like(p)
-            ), name
+            constant = 1.0 if name.endswith('weight') else 0.0
+            assert torch.equal(p, torch.full_like(p, constant)), name
 
 
 def test_first_loss_is_that_of_guessing():
@@ -111,9 +109,8 @@ def test_a_token_changes_nothing_before_it():
     changed[:, 9] = (changed[:, 9] + 1) % TINY['vocab_size']
     before, after = model(idx, idx)[0], model(changed, idx)[0]
     torch.testing.assert_close(before[:, :9], after[:, :9])
-    assert (before[:, 9:] - after[:, 9:]).abs().amax(
-        -1
-    ).min() > 1e-6  # and something everywhere from there on
+    change = (before[:, 9:] - after[:, 9:]).abs().amax(-1)
+    assert change.min() > 1e-6  # every later position changes
 
 
 def test_dropout_acts_in_training_only():
@@ -147,7 +144,7 @@ def test_cropped_model_computes_the_same_on_short_sequences():
     model.crop_block_size(7)
     assert torch.equal(model(idx)[0], whole)
     assert model.config.block_size == 7 and model.transformer.wpe.weight.shape[0] == 7
-    assert config.block_size == 16  # the caller's own
+    assert config.block_size == 16  # the caller's config is unchanged
     with pytest.raises(ValueError, match='a sequence of 8 tokens is longer than block_size=7'):
         model(tokens(2, 8))
     with pytest.raises(ValueError, match='block_size=8'):
@@ -182,9 +179,8 @@ def test_temperature_zero_takes_the_likeliest_token_past_the_block_size():
 def test_top_k_draws_all_of_the_k_likeliest_tokens_and_no_other():
     model, idx = tiny(), tokens(1, 5).expand(2000, 5)
     drawn = next(model.stream(idx, 1, temperature=2.0, top_k=4))
-    assert set(drawn.flatten().tolist()) == set(
-        model(idx[:1])[0].flatten().topk(4).indices.tolist()
-    )
+    likeliest = model(idx[:1])[0].flatten().topk(4).indices
+    assert set(drawn.flatten().tolist()) == set(likeliest.tolist())
 
 
 def test_temperature_divides_the_logits():
@@ -259,15 +255,13 @@ def test_nothing_to_continue_is_refused():
 
 @pytest.fixture
 def hub(tmp_path):
-    """A random GPT-2 of transformers and a function that saves it to a folder, which it returns."""
+    """Return a random GPT-2 of transformers and save(), which saves it and returns the folder."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=37, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     reference = transformers.GPT2LMHeadModel(config).eval()
-    for (
-        p
-    ) in reference.parameters():  # far from the start, where a wrong GELU or LayerNorm would hide
-        p.data += 0.3 * torch.randn_like(p)
+    for p in reference.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # initial weights would hide a wrong GELU or LayerNorm
 
     def save(**arguments):
         reference.save_pretrained(tmp_path, **arguments)
@@ -285,7 +279,7 @@ def assert_same_logits(reference, model):
     idx = tokens(3, 16)
     with torch.no_grad():
         theirs, ours = reference(idx).logits, model.eval()(idx, idx)[0]
-    assert theirs.abs().max() > 1  # so that 1e-4 means something
+    assert theirs.abs().max() > 1  # so that 1e-4 is a small error
     assert (theirs - ours).abs().max() < 1e-4
 
 
@@ -297,10 +291,8 @@ def test_pretrained_logits_are_those_of_transformers(hub, activation):
     reference = type(reference).from_pretrained(folder).eval()
     model = GPT.from_pretrained(str(folder))
     assert_same_logits(reference, model)
-    assert (
-        model.lm_head.weight is model.transformer.wte.weight
-        and model.lm_head.weight.dtype == torch.float32
-    )
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.weight.dtype == torch.float32
 
 
 def test_pretrained_weights_in_several_files(hub):
@@ -314,15 +306,12 @@ def test_pretrained_weights_in_several_files(hub):
 
 
 def test_pretrained_weights_in_pytorch_model_bin_without_prefix_and_with_masks(hub):
-    """As the files of gpt2 on the hub are: transformer's own names, and its causal masks among the weights."""
+    """The files of gpt2 on the hub have names without a prefix, and causal masks."""
     reference, save = hub
     folder = save()
     (folder / 'model.safetensors').unlink()
-    state = {
-        k.removeprefix('transformer.'): v
-        for k, v in reference.state_dict().items()
-        if k != 'lm_head.weight'
-    }
+    state = {k.removeprefix('transformer.'): v for k, v in reference.state_dict().items()}
+    del state['lm_head.weight']
     state['h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()
     torch.save(state, folder / 'pytorch_model.bin')
     assert_same_logits(reference, GPT.from_pretrained(folder))
@@ -340,12 +329,8 @@ def test_only_dropout_can_be_overridden(hub):
     folder = hub[1]()
     assert GPT.from_pretrained(folder).config.dropout == 0.0
     model = GPT.from_pretrained(folder, {'dropout': 0.25})
-    assert (
-        model.config.dropout
-        == model.transformer.h[1].mlp.dropout.p
-        == model.transformer.h[0].attn.dropout
-        == 0.25
-    )
+    block = model.transformer.h[1]
+    assert model.config.dropout == block.mlp.dropout.p == block.attn.dropout == 0.25
     with pytest.raises(ValueError, match='n_layer'):
         GPT.from_pretrained(folder, {'n_layer': 3})
 

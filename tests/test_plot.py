@@ -1,4 +1,4 @@
-"""plot.py: what it reads out of a log, what it draws, and what it says to a user's mistake."""
+"""Test plot.py: what it reads from a log, what it draws, and how it reports mistakes."""
 
 import json
 import os
@@ -29,24 +29,25 @@ def train_losses(points):
 
 
 def losses(final=1.7, iters=range(0, 1001, 10)):
-    """Entries of a run whose validation loss falls by 2.7 to `final`, the training loss 0.1 below it."""
+    """Return log entries whose validation loss falls by 2.7 to `final`.
+
+    The training loss is 0.1 below it.
+    """
     fall = {i: 2.7 * np.exp(-i / 100) for i in iters}
     train = train_losses([(i, final - 0.1 + fall[i]) for i in iters])
     return train + [{'kind': 'eval', 'iter': i, 'val_loss': final + fall[i]} for i in iters[::10]]
 
 
 def norms(growth=1.0, bounded=False, iters=range(0, 1001, 100)):
-    """Entries of a run whose norms grow by `growth` times the start in 1000 iterations.
+    """Return log entries whose norms grow by `growth` times the start in 1000 iterations.
 
-    Where `bounded`, the matrices that are no embedding get their kappa at iteration 500.
+    bounded: the matrices other than the embedding get their kappa at iteration 500.
     """
+    starts = {WTE: 9, C_FC: 5, C_PROJ: 3}
     entries = []
     for i in iters:
         ratio = 1 + growth * i / 1000
-        tensors = {
-            name: {'norm': start * ratio, 'ratio': ratio}
-            for name, start in [(WTE, 9), (C_FC, 5), (C_PROJ, 3)]
-        }
+        tensors = {name: {'norm': n * ratio, 'ratio': ratio} for name, n in starts.items()}
         if bounded:
             for name, lagmul in [(C_FC, 1e-5), (C_PROJ, 2e-5)]:
                 kappa = tensors[name]['norm'] ** 2 if i >= 500 else None
@@ -57,7 +58,7 @@ def norms(growth=1.0, bounded=False, iters=range(0, 1001, 100)):
 
 @pytest.fixture
 def runs(tmp_path):
-    """The folders of a finished AdamW, AdamCPR and AdamWN run."""
+    """Return the folders of a finished AdamW, AdamCPR and AdamWN run."""
 
     def write(name, optimizer, final, growth):
         config = {'kind': 'config', 'config': {'optimizer': optimizer}}
@@ -77,7 +78,7 @@ def load(tmp_path, entries):
 
 
 def shows(path, colour):
-    """Whether the picture is a PNG about as wide as a README and has a line's worth of pixels in that colour."""
+    """Return whether the PNG has the expected size and a line's worth of pixels in `colour`."""
     picture = matplotlib.image.imread(path)
     height, width, _ = picture.shape
     rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -150,10 +151,8 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
 
 
 def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
-    folders = [
-        tmp_path / f'a-long-name-of-{middle}-that-no-legend-has-room-for'
-        for middle in ('one', 'two')
-    ]
+    name = 'a-long-name-of-{}-that-no-legend-has-room-for'
+    folders = [tmp_path / name.format('one'), tmp_path / name.format('two')]
     for folder in folders:
         write_log(folder, [{'kind': 'eval', 'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}])
     assert [run.name[:2] for run in plot.load_all(folders)] == ['1:', '2:']
@@ -168,9 +167,8 @@ def test_the_tensor_with_the_largest_lagmul_is_shown(runs):
 
 def test_without_a_bound_at_work_the_largest_tensor_that_is_no_embedding_is_shown(tmp_path, runs):
     assert plot.choose_tensor(plot.load_all(runs[:1])) == C_FC
-    assert (
-        plot.choose_tensor([load(tmp_path, losses() + norms(bounded=True, iters=[0, 100]))]) == C_FC
-    )
+    early = load(tmp_path, losses() + norms(bounded=True, iters=[0, 100]))
+    assert plot.choose_tensor([early]) == C_FC
 
 
 def test_a_tensor_is_chosen_by_its_name_or_a_unique_part(runs):
@@ -186,12 +184,8 @@ def test_one_run_is_drawn_into_its_own_folder(runs, capsys):
     paths = [os.path.join(runs[1], name) for name in ('loss.png', 'ratio.png', 'tensor.png')]
     assert capsys.readouterr().out.split() == paths
     assert shows(paths[0], plot.BLUE)
-    for colour in (
-        plot.BLACK,
-        plot.SKY,
-        plot.VERMILLION,
-        plot.ORANGE,
-    ):  # all tensors, wte, c_fc, mlp.c_proj
+    kinds = 'wte', 'mlp.c_fc', 'mlp.c_proj'
+    for colour in (plot.BLACK, *(plot.KINDS[kind] for kind in kinds)):
         assert shows(paths[1], colour)
     assert shows(paths[2], plot.BLUE)
     assert sorted(os.listdir(runs[1])) == ['log.jsonl', 'loss.png', 'ratio.png', 'tensor.png']
@@ -235,10 +229,8 @@ def test_the_tensor_picture_has_squared_norm_bound_growth_lambda_and_loss(runs):
 
 
 def test_a_bound_on_something_else_than_the_squared_norm_is_not_drawn_with_it(tmp_path):
-    run = load(
-        tmp_path,
-        [{'kind': 'config', 'config': {'reg_function': 'l1'}}, *losses(), *norms(bounded=True)],
-    )
+    config = {'kind': 'config', 'config': {'reg_function': 'l1'}}
+    run = load(tmp_path, [config, *losses(), *norms(bounded=True)])
     assert len(plot.tensor_figure([run], C_FC).axes[0].lines) == 1
 
 
@@ -250,12 +242,8 @@ def test_a_run_has_the_same_colour_in_every_picture(tmp_path, runs):
 
 
 def test_a_loss_that_blows_up_does_not_flatten_the_others(tmp_path):
-    run = load(
-        tmp_path,
-        losses()
-        + train_losses([(1010, 1e37)])
-        + [{'kind': 'eval', 'iter': 1100, 'val_loss': None}],
-    )
+    diverged = {'kind': 'eval', 'iter': 1100, 'val_loss': None}
+    run = load(tmp_path, [*losses(), *train_losses([(1010, 1e37)]), diverged])
     (ax,) = plot.loss_figure([run]).axes
     low, high = ax.get_ylim()
     assert 1.4 < low < 1.7 < 2.5 < high < 3.5
@@ -270,11 +258,8 @@ def test_a_run_that_logged_only_evaluations_is_drawn(tmp_path):
 
 def test_a_log_of_one_iteration_shows_points(tmp_path):
     run = load(tmp_path, losses(iters=range(1)) + norms(iters=range(1)))
-    for figure in (
-        plot.loss_figure([run]),
-        plot.ratio_figure([run]),
-        plot.tensor_figure([run], C_FC),
-    ):
+    figures = plot.loss_figure([run]), plot.ratio_figure([run]), plot.tensor_figure([run], C_FC)
+    for figure in figures:
         points = [line for ax in figure.axes for line in ax.lines if finite_points(line)]
         assert points and all(line.get_marker() == 'o' for line in points)
     plot.main([str(tmp_path / 'run')])
@@ -296,25 +281,20 @@ def test_a_run_without_norms_is_noted_and_left_out(tmp_path, runs, capsys):
 def test_watching_draws_as_soon_as_there_is_a_loss_and_again_when_the_log_has_grown(
     tmp_path, monkeypatch, capsys
 ):
-    """Each sleep is a moment in the run's life; nothing is drawn where nothing was written."""
+    """The log changes while plot.py sleeps. Without a change nothing is drawn."""
     out = tmp_path / 'run'
     out.mkdir()
-    moments = iter(
-        [
-            lambda: write_log(out, norms()),
-            lambda: write_log(out, norms() + losses()),
-            lambda: None,
-            lambda: write_log(out, norms() + losses(iters=range(0, 2001, 10))),
-        ]
-    )
+    longer = losses(iters=range(0, 2001, 10))
+    logs = iter([norms(), norms() + losses(), None, norms() + longer])
     drawn = []
 
     def sleep(_):
         drawn.append(capsys.readouterr().out.count('loss.png'))
-        moment = next(moments, None)
-        if moment is None:
+        if len(drawn) > 4:
             raise KeyboardInterrupt
-        moment()
+        entries = next(logs)
+        if entries is not None:
+            write_log(out, entries)
 
     monkeypatch.setattr(plot.time, 'sleep', sleep)
     plot.main([str(out), '--watch'])
@@ -344,9 +324,8 @@ def test_a_folder_without_a_log_is_named(tmp_path, runs, capsys):
 
 
 def test_a_folder_that_is_not_there_is_not_watched(tmp_path, capsys):
-    assert f'there is no folder {tmp_path}/nowhere' in error_of(
-        ['--watch', str(tmp_path / 'nowhere')], capsys
-    )
+    error = error_of(['--watch', str(tmp_path / 'nowhere')], capsys)
+    assert f'there is no folder {tmp_path}/nowhere' in error
 
 
 def test_a_log_without_a_loss_is_named(tmp_path, capsys):
@@ -378,14 +357,10 @@ def test_a_place_that_cannot_be_written_is_named_and_left_alone(tmp_path, runs, 
 
 
 def plot_py(*argv):
-    headless = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ('DISPLAY', 'WAYLAND_DISPLAY')
-    }
-    return subprocess.run(
-        [sys.executable, 'plot.py', *argv], cwd=ROOT, env=headless, capture_output=True, text=True
-    )
+    displays = 'DISPLAY', 'WAYLAND_DISPLAY'
+    headless = {name: value for name, value in os.environ.items() if name not in displays}
+    command = [sys.executable, 'plot.py', *argv]
+    return subprocess.run(command, cwd=ROOT, env=headless, capture_output=True, text=True)
 
 
 def test_the_command_draws_without_a_display(runs):

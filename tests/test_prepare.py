@@ -1,6 +1,7 @@
-"""The prepare scripts for one's own text: nanoGPT's bytes, every format, and every mistake answered in a line."""
+"""Test the prepare scripts for the user's text: nanoGPT's bytes, each format, and mistakes."""
 
 import gzip
+import io
 import json
 import os
 import resource
@@ -24,14 +25,16 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from data.prepare import hold, tokenizer
 from data.tokens import TokenData, read_meta
 
-TEXTS = [f'Document {i}\n\n  of{" words" * (i % 50)}, éÿ 数 <|endoftext|>' for i in range(150)] + [
-    ''
-]
+TEXTS = [f'Document {i}\n\n  of{" words" * (i % 50)}, éÿ 数 <|endoftext|>' for i in range(150)]
+TEXTS.append('')
 
 
 @pytest.fixture
 def prepare(monkeypatch, capsys, tmp_path, bpe_file):
-    """prepare('text', ...) runs data/text/prepare.py into tmp_path/out: (status, standard error)."""
+    """Return prepare('text', ...), which runs data/text/prepare.py into tmp_path/out.
+
+    It returns (status, standard error).
+    """
 
     def run(name, *arguments, out='out'):
         script = str(ROOT / 'data' / name / 'prepare.py')
@@ -57,22 +60,21 @@ def write_parquet(path, texts, column='text', **columns):
 
 
 def nanogpt(path, folder, bpe_file):
-    """nanoGPT's recipe: its split, encode_ordinary and the end-of-text token for each document, in uint16."""
+    """Return {file: bytes} of nanoGPT's recipe.
+
+    It splits with datasets and ends each document's encode_ordinary with the end-of-text token.
+    """
     ranks = tiktoken.load.load_tiktoken_bpe(str(bpe_file))
-    special = {'<|endoftext|>': 50256}
-    encoding = tiktoken.Encoding(
-        'gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
-    )
+    vocabulary = {'mergeable_ranks': ranks, 'special_tokens': {'<|endoftext|>': 50256}}
+    encoding = tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, **vocabulary)
     loaded = datasets.load_dataset('parquet', data_files=str(path), cache_dir=str(folder))
     split = loaded['train'].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     split['val'] = split.pop('test')
-    return {
-        f'{name}.bin': np.array(
-            [i for text in part['text'] for i in [*encoding.encode_ordinary(text), 50256]],
-            dtype=np.uint16,
-        ).tobytes()
-        for name, part in split.items()
-    }
+    files = {}
+    for name, part in split.items():
+        ids = [i for text in part['text'] for i in [*encoding.encode_ordinary(text), 50256]]
+        files[f'{name}.bin'] = np.array(ids, dtype=np.uint16).tobytes()
+    return files
 
 
 def test_openwebtext_is_byte_for_byte_nanogpts(prepare, tmp_path, bpe_file):
@@ -80,16 +82,11 @@ def test_openwebtext_is_byte_for_byte_nanogpts(prepare, tmp_path, bpe_file):
     assert prepare('openwebtext', '--data_files', path) == (0, '')
     for name, content in nanogpt(path, tmp_path / 'cache', bpe_file).items():
         assert (tmp_path / 'out' / name).read_bytes() == content
-    assert sorted(os.listdir(tmp_path / 'out')) == [
-        'gpt2.tiktoken',
-        'meta.json',
-        'train.bin',
-        'val.bin',
-    ]
+    files = ['gpt2.tiktoken', 'meta.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path / 'out')) == files
     data = TokenData(tmp_path / 'out', 8)
-    text = tokenizer(data.meta, data.folder).decode(
-        data.splits['val']
-    )  # needs nothing but the folder
+    decode = tokenizer(data.meta, data.folder).decode  # from the folder alone
+    text = decode(data.splits['val'])
     assert text.removesuffix('<|endoftext|>') in TEXTS
 
 
@@ -105,30 +102,18 @@ def test_every_format_gives_the_same_tokens(prepare, tmp_path):
     (tmp_path / 'lines.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
     bins = {}
     for name in (whole.name, 'parts/*.parquet', 'lines.jsonl', 'array.json', 'lines.jsonl.gz'):
-        options = '--text_column', 'body', '--val_share', 0.1
-        assert prepare('openwebtext', '--data_files', tmp_path / name, *options, out='out') == (
-            0,
-            '',
-        ), name
-        bins[name] = [
-            (tmp_path / 'out' / f'{split}.bin').read_bytes() for split in ('train', 'val')
-        ]
-    assert (
-        all(content == bins[whole.name] for content in bins.values())
-        and len(bins[whole.name][1]) > 100
-    )
+        options = '--data_files', tmp_path / name, '--text_column', 'body', '--val_share', 0.1
+        assert prepare('openwebtext', *options) == (0, ''), name
+        files = tmp_path / 'out' / 'train.bin', tmp_path / 'out' / 'val.bin'
+        bins[name] = [file.read_bytes() for file in files]
+    assert all(content == bins[whole.name] for content in bins.values())
+    assert len(bins[whole.name][1]) > 100
 
 
 def test_the_benchmark_times_both_recipes_and_compares_their_files(tmp_path, bpe_file):
     path = write_parquet(tmp_path / 'a.parquet', ['many words ' * 500] * 20)
-    command = [
-        sys.executable,
-        'bench.py',
-        '--what=prepare',
-        f'--data_files={path}',
-        f'--bpe_file={bpe_file}',
-        '--repeats=1',
-    ]
+    command = [sys.executable, 'bench.py', '--what=prepare', '--repeats=1']
+    command += [f'--data_files={path}', f'--bpe_file={bpe_file}']
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert outcome.returncode == 0, outcome.stderr
     assert 'byte for byte the same: yes' in outcome.stdout and 'peak memory' in outcome.stdout
@@ -138,9 +123,7 @@ def test_local_files_are_prepared_without_asking_the_network(prepare, tmp_path, 
     asked = []
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(datasets.config, 'HF_UPDATE_DOWNLOAD_COUNTS', True)
-    monkeypatch.setattr(
-        datasets.load, 'get_session', lambda: asked.append('how often a data set was loaded')
-    )
+    monkeypatch.setattr(datasets.load, 'get_session', lambda: asked.append('a download count'))
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS))
     assert prepare('openwebtext', '--data_files', tmp_path / 'a.jsonl') == (0, '') and not asked
 
@@ -161,86 +144,63 @@ def test_another_seed_and_share_divide_otherwise(prepare, tmp_path):
         prepare('openwebtext', '--data_files', path, '--val_share', share, '--seed', seed)
         tokens = np.fromfile(tmp_path / 'out' / 'val.bin', dtype='<u2')
         sizes[share, seed] = tokens.tobytes(), (tokens == 50256).sum()
-    assert [count for _, count in sizes.values()] == [16, 16, 76] and len(
-        {b for b, _ in sizes.values()}
-    ) == 3
+    assert [count for _, count in sizes.values()] == [16, 16, 76]
+    assert len({content for content, _ in sizes.values()}) == 3
+
+
+def parquet_bytes(*arguments, **columns):
+    file = io.BytesIO()
+    write_parquet(file, *arguments, **columns)
+    return file.getvalue()
+
+
+OTHER_COLUMN = parquet_bytes(TEXTS, 'body', id=list(range(151)))
+NUMBERS = parquet_bytes([1, 2, 3])
+A_ROW_WITHOUT_TEXT = parquet_bytes(['a', None, 'b', 'c'] * 9)
+NO_ROWS = parquet_bytes(pyarrow.array([], pyarrow.string()))
+ONE_ROW = parquet_bytes(['only one'])
+GOOD = parquet_bytes(TEXTS)
+LINE, HALF_A_LINE = b'{"text": "x"}\n', b'{"text": \n'
+GZIPPED = gzip.compress(LINE)
+without_lz4 = pytest.mark.skipif(bool(find_spec('lz4')), reason='lz4 is installed')
+NOT_THERE = "the column 'text' of {p}/a.parquet is not there; --text_column=NAME takes one of text"
 
 
 @pytest.mark.parametrize(
-    'make, arguments, says',
+    'files, says',
     [
-        (
-            lambda p: write_parquet(p / 'a.parquet', TEXTS, 'body', id=list(range(151))),
-            ['*.parquet'],
-            "the column 'text' of {p}/a.parquet is not there; --text_column=NAME takes one of text: body",
-        ),
-        (lambda p: write_parquet(p / 'a.parquet', [1, 2, 3]), ['*.parquet'], 'holds int64'),
-        (
-            lambda p: write_parquet(p / 'a.parquet', ['a', None, 'b', 'c'] * 9),
-            ['*.parquet'],
-            'rows without a text',
-        ),
-        (
-            lambda p: write_parquet(p / 'a.parquet', pyarrow.array([], pyarrow.string())),
-            ['*.parquet'],
-            'there are no rows',
-        ),
-        (lambda p: write_parquet(p / 'a.parquet', ['only one']), ['*.parquet'], 'two splits'),
-        (
-            lambda p: (
-                [write_parquet(p / f'{n}.parquet', TEXTS) for n in 'abc']
-                and os.truncate(p / 'b.parquet', 999)
-            ),
-            ['*.parquet'],
-            '{p}/b.parquet cannot be read',
-        ),
-        (
-            lambda p: [
-                (p / f'{n}.txt').write_bytes(b'text' if n != 'b' else b'caf\xe9 \xff')
-                for n in 'abc'
-            ],
-            ['*.txt'],
-            '{p}/b.txt cannot be read (UnicodeDecodeError',
-        ),
-        (
-            lambda p: [
-                (p / f'{n}.jsonl').write_text('{"text": "x"}\n' if n != 'b' else '{"text": \n')
-                for n in 'abc'
-            ],
-            ['*.jsonl'],
-            '{p}/b.jsonl cannot be read',
-        ),
-        (
-            lambda p: [
-                (p / f'{n}.jsonl.gz').write_bytes(
-                    gzip.compress(b'{"text": "x"}\n')[: 9 if n == 'b' else None]
-                )
-                for n in 'abc'
-            ],
-            ['*.jsonl.gz'],
-            '{p}/b.jsonl.gz cannot be read',
-        ),
-        pytest.param(
-            lambda p: (p / 'a.jsonl.lz4').touch(),
-            ['*.lz4'],
-            'run: pip install lz4',
-            marks=pytest.mark.skipif(bool(find_spec('lz4')), reason='lz4 is installed'),
-        ),
-        (lambda p: None, ['*.parquet'], 'no file is called'),
-        (lambda p: (p / 'a.csv').write_text('text\nx\n'), ['*.csv'], 'a.csv is of no known format'),
-        (lambda p: [(p / n).write_text('x') for n in ('a.txt', 'b.json')], ['*'], 'json and text'),
-        (lambda p: None, ['*.parquet', '--val_share', '1.5'], '--val_share=1.5'),
+        ({'a.parquet': OTHER_COLUMN}, NOT_THERE + ': body'),
+        ({'a.parquet': NUMBERS}, 'holds int64'),
+        ({'a.parquet': A_ROW_WITHOUT_TEXT}, 'rows without a text'),
+        ({'a.parquet': NO_ROWS}, 'there are no rows'),
+        ({'a.parquet': ONE_ROW}, 'two splits'),
+        ({'a.parquet': GOOD, 'b.parquet': GOOD[:999]}, '{p}/b.parquet cannot be read'),
+        ({'a.txt': b'text', 'b.txt': b'caf\xe9'}, '{p}/b.txt cannot be read (UnicodeDecodeError'),
+        ({'a.jsonl': LINE, 'b.jsonl': HALF_A_LINE}, '{p}/b.jsonl cannot be read'),
+        ({'a.jsonl.gz': GZIPPED, 'b.jsonl.gz': GZIPPED[:9]}, '{p}/b.jsonl.gz cannot be read'),
+        pytest.param({'a.jsonl.lz4': b''}, 'run: pip install lz4', marks=without_lz4),
+        ({}, 'no file is called'),
+        ({'a.csv': b'text\nx\n'}, 'a.csv is of no known format'),
+        ({'a.txt': b'x', 'b.json': b'x'}, 'json and text'),
     ],
 )
 def test_a_mistake_about_the_text_ends_in_one_line_and_leaves_nothing(
-    prepare, tmp_path, make, arguments, says
+    prepare, tmp_path, files, says
 ):
     corpus = tmp_path / 'corpus'
     corpus.mkdir()
-    make(corpus)
-    status, err = prepare('openwebtext', '--data_files', corpus / arguments[0], *arguments[1:])
+    for name, content in files.items():
+        (corpus / name).write_bytes(content)
+    status, err = prepare('openwebtext', '--data_files', corpus / '*')
     assert status == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert says.format(p=corpus) in err
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('option, value', [('--val_share', '1.5'), ('--seed', '-1')])
+def test_an_impossible_split_is_named(prepare, tmp_path, option, value):
+    status, err = prepare('openwebtext', '--data_files', 'x.parquet', option, value)
+    assert status == 2 and err.startswith(f'error: {option}={value}') and err.count('\n') == 1
     assert not (tmp_path / 'out').exists()
 
 
@@ -263,11 +223,8 @@ def test_a_folder_in_use_is_said_before_anything_is_read(prepare, tmp_path):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS)
     with hold(tmp_path / 'out'):
         status, err = prepare('openwebtext', '--data_files', path)
-        assert (
-            status == 2
-            and err.startswith('error: another process is preparing')
-            and err.count('\n') == 1
-        )
+        assert status == 2 and err.count('\n') == 1
+        assert err.startswith('error: another process is preparing')
         assert os.listdir(tmp_path / 'out') == []
     assert prepare('openwebtext', '--data_files', path) == (0, '')
 
@@ -275,11 +232,10 @@ def test_a_folder_in_use_is_said_before_anything_is_read(prepare, tmp_path):
 def test_a_folder_that_cannot_be_written_is_not_the_texts_fault(prepare, tmp_path, monkeypatch):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS)
     status, err = prepare('openwebtext', '--data_files', path, out='a.parquet')
-    assert status == 2 and err.startswith(
-        f'error: cannot write the data set to {path} (Not a directory)'
-    )
+    assert status == 2
+    assert err.startswith(f'error: cannot write the data set to {path} (Not a directory)')
 
-    def read_only(**_):  # for root, no mode of a folder is
+    def read_only(**_):  # a folder's mode does not stop root
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr('tempfile.TemporaryFile', read_only)
@@ -316,25 +272,16 @@ def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(
 def test_no_room_for_the_copy_of_the_text_is_not_the_texts_fault(tmp_path, bpe_file):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS * 20)
 
-    def no_room():  # what a full disk does, for this process alone
+    def no_room():  # acts like a full disk for this process alone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2,) * 2)
 
-    command = [
-        sys.executable,
-        'data/openwebtext/prepare.py',
-        '--data_files',
-        path,
-        '--bpe_file',
-        bpe_file,
-        '--out_dir',
-        tmp_path / 'out',
-    ]
+    command = [sys.executable, 'data/openwebtext/prepare.py', '--data_files', path]
+    command += ['--bpe_file', bpe_file, '--out_dir', tmp_path / 'out']
     outcome = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, preexec_fn=no_room)
     assert outcome.returncode == 2, outcome.stderr
-    assert outcome.stderr.startswith(
-        f'error: {tmp_path}/out/text.tmp cannot be written (File too large); '
-    )
+    cache = tmp_path / 'out' / 'text.tmp'
+    assert outcome.stderr.startswith(f'error: {cache} cannot be written (File too large); ')
     assert outcome.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
@@ -369,16 +316,12 @@ def test_a_hub_without_a_network_says_what_to_do(prepare, tmp_path, monkeypatch)
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     status, err = prepare('openwebtext')
-    assert (
-        status == 2
-        and err.count('\n') == 1
-        and 'Skylion007/openwebtext' in err
-        and '--data_files' in err
-    )
+    assert status == 2 and err.count('\n') == 1
+    assert 'Skylion007/openwebtext' in err and '--data_files' in err
     assert not (tmp_path / 'out').exists()
 
 
-# -- one's own files
+# -- the user's files
 
 
 @pytest.fixture
@@ -387,9 +330,8 @@ def library(tmp_path):
     (folder / 'shelf').mkdir(parents=True)
     (folder / '.git').mkdir()
     for i in range(20):
-        (folder / ('shelf' if i % 2 else '.') / f'{i}.txt').write_text(
-            f'Book {i}: ' + 'é' * (i + 1) * 10 + '\n'
-        )
+        place = folder / 'shelf' if i % 2 else folder
+        (place / f'{i}.txt').write_text(f'Book {i}: ' + 'é' * (i + 1) * 10 + '\n')
     (folder / '.git' / 'config').write_bytes(b'\xff')
     (folder / 'empty.txt').touch()
     return folder
@@ -398,14 +340,12 @@ def library(tmp_path):
 def test_text_takes_every_file_once_in_one_split_or_cut_in_two(prepare, tmp_path, library):
     assert prepare('text', library, library / 'shelf' / '1.txt') == (0, '')
     data = TokenData(tmp_path / 'out', 8)
-    train, val = (
-        tokenizer(data.meta, data.folder).decode(data.splits[split]) for split in ('train', 'val')
-    )
+    decode = tokenizer(data.meta, data.folder).decode
+    train, val = decode(data.splits['train']), decode(data.splits['val'])
     books = train.split('<|endoftext|>')[:-1] + val.split('<|endoftext|>')[:-1]
     written = [path.read_text() for path in library.glob('**/[0-9]*.txt')]
-    assert sorted(books) != sorted(written) and ''.join(sorted(''.join(books))) == ''.join(
-        sorted(''.join(written))
-    )
+    assert sorted(books) != sorted(written)
+    assert sorted(''.join(books)) == sorted(''.join(written))
     assert len(set(written) & set(books)) == 19  # one is cut where the validation text starts
     assert 0.07 < len(val.encode()) / len((train + val).encode()) < 0.13
 
@@ -415,22 +355,16 @@ def test_text_by_characters_of_one_file_is_its_beginning_and_its_end(prepare, tm
     assert prepare('text', tmp_path / 'one.txt', '--tokenizer', 'char') == (0, '')
     data = TokenData(tmp_path / 'out', 8)
     train, val = (tokenizer(data.meta).decode(data.splits[split]) for split in ('train', 'val'))
-    assert (
-        train + val == 'aé数' * 100
-        and 28 <= len(val) <= 31
-        and data.meta['itos'] == ['a', 'é', '数']
-    )
+    assert train + val == 'aé数' * 100 and 28 <= len(val) <= 31
+    assert data.meta['itos'] == ['a', 'é', '数']
 
 
 @pytest.mark.parametrize('tokens', [['--tokenizer', 'char'], []])
 def test_a_file_that_is_not_utf_8_is_named(prepare, tmp_path, library, tokens):
     (library / 'shelf' / 'latin.txt').write_bytes('é'.encode('latin-1') * 9)
     status, err = prepare('text', library, *tokens, out='new/out')
-    assert (
-        status == 2
-        and f'{library}/shelf/latin.txt is not UTF-8 text (byte 0)' in err
-        and err.count('\n') == 1
-    )
+    assert status == 2 and err.count('\n') == 1
+    assert f'{library}/shelf/latin.txt is not UTF-8 text (byte 0)' in err
     assert not (tmp_path / 'new').exists()
 
 
@@ -453,9 +387,7 @@ def test_the_shared_corpus_is_byte_for_byte_nanogpts(prepare, tmp_path):
     shared = Path(ROOT, '..', 'shared', 'data')
     if not (shared / 'english.parquet').exists():
         pytest.skip(f'{shared} is not there')
-    vocabulary = shared / 'gpt2.tiktoken'
-    prepare('openwebtext', '--data_files', shared / 'english.parquet', '--bpe_file', vocabulary)
-    for name, content in nanogpt(
-        shared / 'english.parquet', tmp_path / 'cache', vocabulary
-    ).items():
+    text, vocabulary = shared / 'english.parquet', shared / 'gpt2.tiktoken'
+    prepare('openwebtext', '--data_files', text, '--bpe_file', vocabulary)
+    for name, content in nanogpt(text, tmp_path / 'cache', vocabulary).items():
         assert (tmp_path / 'out' / name).read_bytes() == content

@@ -18,7 +18,7 @@ SEPARATOR = '\n---------------\n'
 
 
 def sample(capsys, monkeypatch, *arguments):
-    """(exit status, standard output, standard error) of sample.py, run in this process, where torch is."""
+    """Run sample.py in this process: (exit status, standard output, standard error)."""
     monkeypatch.setattr(sys, 'argv', [str(SAMPLE), '--device=cpu', *arguments])
     try:
         runpy.run_path(str(SAMPLE), run_name='__main__')
@@ -36,7 +36,7 @@ def run(capsys, monkeypatch):
 @pytest.fixture
 def fails(run):
     def fails(*arguments):
-        """The one line on standard error that sample.py leaves after the user's mistake."""
+        """Return the single line on standard error after a mistake."""
         status, out, err = run(*arguments)
         assert status == 2 and out == '' and err.startswith('error: ') and err.count('\n') == 1
         return err
@@ -45,11 +45,9 @@ def fails(run):
 
 
 def save(path, dataset, **model_args):
-    """A checkpoint of a tiny model that train.py could have written; returns the model."""
-    model_args = (
-        dict(block_size=8, vocab_size=len(ITOS), n_layer=1, n_head=2, n_embd=8, bias=False)
-        | model_args
-    )
+    """Write a checkpoint of a tiny model, as train.py does, and return the model."""
+    sizes = dict(block_size=8, vocab_size=len(ITOS), n_layer=1, n_head=2, n_embd=8)
+    model_args = {**sizes, 'bias': False, **model_args}
     torch.manual_seed(0)
     model = GPT(GPTConfig(**model_args))
     model.lm_head.weight.data *= 20  # so that some tokens are likelier than others
@@ -69,7 +67,7 @@ def save(path, dataset, **model_args):
 
 @pytest.fixture
 def out_dir(tmp_path):
-    """The out_dir of a character-level run whose data set lies in tmp_path/letters."""
+    """Return the out_dir of a character-level run whose data set lies in tmp_path/letters."""
     letters = tmp_path / 'letters'
     letters.mkdir()
     meta = {
@@ -88,7 +86,7 @@ def out_dir(tmp_path):
 
 @pytest.fixture
 def bytes_for_gpt2(monkeypatch):
-    """In place of GPT-2's encoding, which needs a download, one whose ids are bytes: characters are often cut."""
+    """Replace GPT-2's encoding, which needs a download, by bytes, which often split characters."""
     encoding = SimpleNamespace(
         encode=lambda text, allowed_special: list(text.encode()),
         decode=lambda ids: bytes(i % 256 for i in ids).decode('utf-8', errors='replace'),
@@ -147,10 +145,13 @@ def test_temperature_zero_gives_the_models_likeliest_text(run, out_dir):
 
 
 def test_characters_cut_by_tokens_come_out_whole(run, bytes_for_gpt2, tmp_path):
-    """Random bytes hold whole, cut and impossible characters: the text must be that of all decoded at once."""
+    """Random bytes hold complete, split and impossible characters.
+
+    The pieces must join to the text of all bytes decoded at once.
+    """
     model = save(tmp_path / 'ckpt.pt', tmp_path, vocab_size=50304)
     torch.manual_seed(5)
-    model = GPT(model.config)  # the random numbers that making the model takes
+    model = GPT(model.config)  # draws the random numbers that sample.py draws for its model
     model.load_state_dict(checkpoint.load(tmp_path / 'ckpt.pt')['model'])
     ids = list('é'.encode())
     out = model.generate(torch.tensor([ids]), 200, top_k=200)[0].tolist()
@@ -169,41 +170,32 @@ def test_characters_cut_by_tokens_come_out_whole(run, bytes_for_gpt2, tmp_path):
 
 
 def test_pieces_are_held_back_only_while_a_character_is_not_whole(capsys, monkeypatch, out_dir):
-    monkeypatch.setattr(
-        sys, 'argv', [str(SAMPLE), '--device=cpu', f'--out_dir={out_dir}', '--max_new_tokens=1']
-    )
+    arguments = ['--device=cpu', f'--out_dir={out_dir}', '--max_new_tokens=1']
+    monkeypatch.setattr(sys, 'argv', [str(SAMPLE), *arguments])
     whole_characters = runpy.run_path(str(SAMPLE))['whole_characters']
-    decode = lambda ids: bytes(ids).decode('utf-8', errors='replace')  # noqa: E731
+
+    def decode(ids):
+        return bytes(ids).decode('utf-8', errors='replace')
+
     pieces = list(whole_characters('aé😀b'.encode(), decode))
     assert pieces == ['a', '', 'é', '', '', '', '😀', 'b', '']
     assert list(whole_characters(b'\xf0\x9fa\xff', decode)) == ['', '', '\ufffda', '', '\ufffd']
 
 
 def test_text_is_written_as_it_is_made(out_dir):
-    command = [
-        sys.executable,
-        str(SAMPLE),
-        '--device=cpu',
-        f'--out_dir={out_dir}',
-        '--max_new_tokens=1000000',
-    ]
+    command = [sys.executable, str(SAMPLE), '--device=cpu', f'--out_dir={out_dir}']
+    command.append('--max_new_tokens=1000000')
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert len(process.stdout.read(50)) == 50  # of a sample that takes many minutes
         process.kill()
 
 
 def test_a_mistake_ends_with_one_line_and_status_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SAMPLE), '--device=cpu', '--out_dir=nowhere'],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, str(SAMPLE), '--device=cpu', '--out_dir=nowhere']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, '')
-    assert (
-        done.stderr.startswith('error: there is no checkpoint at nowhere/ckpt.pt')
-        and done.stderr.count('\n') == 1
-    )
+    assert done.stderr.startswith('error: there is no checkpoint at nowhere/ckpt.pt')
+    assert done.stderr.count('\n') == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,15 +227,11 @@ def test_a_model_of_another_shape_or_another_vocabulary_is_refused(fails, out_di
     save(path, out_dir / 'letters', vocab_size=11)
     assert 'the model has 11 tokens and its tokenizer 10; prepare' in fails(f'--out_dir={out_dir}')
     save(path, out_dir / 'unprepared')
-    assert 'the model has 10 tokens and its tokenizer 50257; prepare' in fails(
-        f'--out_dir={out_dir}'
-    )
+    error = fails(f'--out_dir={out_dir}')
+    assert 'the model has 10 tokens and its tokenizer 50257; prepare' in error
     saved = checkpoint.load(path)
-    for model_args in (
-        {**saved['model_args'], 'n_layer': 2},
-        {**saved['model_args'], 'rotary': True},
-    ):
-        checkpoint.save(path, {**saved, 'model_args': model_args})
+    for change in ({'n_layer': 2}, {'rotary': True}):
+        checkpoint.save(path, {**saved, 'model_args': {**saved['model_args'], **change}})
         assert 'does not hold a model of this program' in fails(f'--out_dir={out_dir}')
 
 
@@ -251,13 +239,10 @@ def test_folder_of_transformers_is_sampled_with_gpt2s_tokens(run, bytes_for_gpt2
     sizes = dict(n_layer=1, n_head=2, n_embd=8, vocab_size=50257)
     state = GPT(GPTConfig(block_size=16, **sizes)).state_dict()
     conv1d = 'c_attn.weight', 'c_fc.weight', 'c_proj.weight'
-    torch.save(
-        {k: v.t() if k.endswith(conv1d) else v for k, v in state.items()},
-        tmp_path / 'pytorch_model.bin',
-    )
-    (tmp_path / 'config.json').write_text(
-        json.dumps({'model_type': 'gpt2', 'n_positions': 16, **sizes})
-    )
+    weights = {k: v.t() if k.endswith(conv1d) else v for k, v in state.items()}
+    torch.save(weights, tmp_path / 'pytorch_model.bin')
+    config = {'model_type': 'gpt2', 'n_positions': 16, **sizes}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
     status, out, err = run(
         f'--init_from={tmp_path}', '--start=Hi', '--num_samples=2', '--max_new_tokens=5'
     )

@@ -1,13 +1,17 @@
-"""OpenWebText, or any other column of text, as GPT-2 tokens: byte for byte the train.bin and val.bin of nanoGPT.
+r"""Prepare OpenWebText, or any other column of text, as GPT-2 tokens.
 
-    python data/openwebtext/prepare.py                                  Skylion007/openwebtext, from the hub
-    python data/openwebtext/prepare.py --dataset HuggingFaceFW/fineweb-edu --config sample-10BT --out_dir data/fineweb
+    python data/openwebtext/prepare.py
+    python data/openwebtext/prepare.py --dataset HuggingFaceFW/fineweb-edu \
+        --config sample-10BT --out_dir data/fineweb
     python data/openwebtext/prepare.py --data_files 'corpus/*.parquet' --bpe_file gpt2.tiktoken
 
-Local files are parquet, JSON (an array, or an object a line) or text (a file is a document); the last two may be
-compressed. A document is a row's text and ends with <|endoftext|>; the split is datasets' train_test_split, shuffled.
-Interrupted, the same command goes on where it was. Until it is done an Arrow copy of the text lies in the output
-folder, since the shuffled order needs each document at any time.
+By default the text is Skylion007/openwebtext from the hub. train.bin and val.bin equal nanoGPT's
+byte for byte. Local files are parquet, JSON (an array, or an object a line) or text (one document a
+file). JSON and text may be compressed. A document is a row's text and ends with <|endoftext|>. The
+split is datasets' train_test_split, shuffled.
+
+After an interruption the same command resumes. Until it is done, an Arrow copy of the text lies in
+the output folder, because the shuffled order needs random access to the documents.
 """
 
 import copy
@@ -36,26 +40,26 @@ FORMATS = {
     '.txt': 'text',
     '.text': 'text',
 }
-COMPRESSED = {
+COMPRESSED = {  # suffix -> package that reads it
     '.bz2': 'bz2',
     '.gz': 'gzip',
     '.lz4': 'lz4',
     '.xz': 'lzma',
     '.zst': 'zstandard',
-}  # and what reads it
+}
 
 
 class Texts:
-    """The texts in one column of Arrow stream files, in the order of `rows`; a slice of it is a list of str.
+    """Give random access to one column of Arrow stream files. A slice is a list of str.
 
-    ValueError where a row has none.
+    rows: the order of the texts. Raises ValueError if a row has no text.
     """
 
     def __init__(self, files, column):
         import pyarrow
 
         self.files = files
-        self.chunks = []  # (Arrow array, the file in memory that it lies in)
+        self.chunks = []  # (Arrow array, the mapped file that holds it)
         for path in files:
             with open(path, 'rb') as f:
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
@@ -68,7 +72,7 @@ class Texts:
         self.rows = np.arange(self.starts[-1])
 
     def select(self, rows):
-        """The texts number `rows` of these files, an int array, in that order."""
+        """Return the Texts of `rows`, an int array, in that order."""
         selected = copy.copy(self)
         selected.rows = rows
         return selected
@@ -87,19 +91,20 @@ class Texts:
 
 
 def _release(mapped):
-    """Give the pages that were read back to the system: else the process comes to hold the whole corpus."""
+    """Return the pages read so far to the system, or the process ends up holding the corpus."""
     if hasattr(mmap, 'MADV_DONTNEED'):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def load(cache, data_files=None, dataset=None, config=None, column='text'):
-    """The Texts of local files (`data_files`, a pattern), or else of a data set on the hub.
+    """Return the Texts of local files, or else of a data set on the hub.
 
-    cache: folder for their Arrow copy; one that is there already is used again. ValueError where they cannot be had.
+    cache: folder for their Arrow copy; an existing copy is used again. data_files: a pattern.
+    Raises ValueError if the texts cannot be loaded.
     """
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises, too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it also raises what it logs
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     options = dict(split='train', cache_dir=str(cache))
@@ -107,16 +112,12 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
         where = dataset
         try:
             found = datasets.load_dataset(dataset, config, num_proc=cores(), **options)
-        except Exception as e:  # the hub, its client and every format have their own
-            raise ValueError(
-                f'{where} cannot be loaded from the hub ({_reason(e)}); --data_files=PATTERN takes local '
-                'files'
-            ) from e
+        except Exception as e:  # the hub, its client and each format raise their own types
+            problem = f'{where} cannot be loaded from the hub ({_reason(e)})'
+            raise ValueError(f'{problem}; --data_files=PATTERN takes local files') from e
     else:
         where = data_files
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = (
-            False  # local files are nobody's to count, over the network least
-        )
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a network request, even for local files
         files = sorted(os.path.abspath(path) for path in glob.glob(data_files, recursive=True))
         if not files:
             raise ValueError(f'no file is called {data_files}; a pattern needs quotes in the shell')
@@ -125,35 +126,28 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
             if kind == 'parquet':
                 changed = [os.stat(path).st_mtime_ns for path in files]
                 kwargs = {'files': files, 'changed': changed, 'column': column}
-                found = datasets.Dataset.from_generator(
-                    _parquet_rows, gen_kwargs=kwargs, writer_batch_size=100, **options
-                )
+                generate = datasets.Dataset.from_generator
+                found = generate(_parquet_rows, gen_kwargs=kwargs, writer_batch_size=100, **options)
             else:
                 options |= {'sample_by': 'document'} if kind == 'text' else {}
                 found = datasets.load_dataset(kind, data_files=files, **options)
-        except (
-            Exception
-        ) as e:  # of datasets, of the readers it uses and of the disk, often one within another
+        except Exception as e:  # datasets, its readers and the disk raise their own types
             cause = _cause(e)
             if getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ValueError(
-                    f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much room as '
-                    'the text, beside the token files: free some, or give another --out_dir'
+                    f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much '
+                    'room as the text, beside the token files: free some, or give another --out_dir'
                 ) from e
-            where = next(
-                (path for path in files if not _is_readable(kind, path, column, options)), where
-            )
-            raise ValueError(f'{where} cannot be read ({_reason(e)})') from e
-    types = {
-        name: str(field.type)
-        for name, field in zip(found.column_names, found.features.arrow_schema, strict=True)
-    }
+            unreadable = (f for f in files if not _is_readable(kind, f, column, options))
+            raise ValueError(f'{next(unreadable, where)} cannot be read ({_reason(e)})') from e
+    types = [str(field.type) for field in found.features.arrow_schema]
+    types = dict(zip(found.column_names, types, strict=True))
     _check_column(column, types, where)
     return Texts([part['filename'] for part in found.cache_files], column)
 
 
 def _format(files):
-    """The one of FORMATS' values that all `files` have, by their names."""
+    """Return the format of `files`, a value of FORMATS. Raises ValueError if they differ."""
     kinds = set()
     for path in files:
         stem, suffix = os.path.splitext(path)
@@ -161,25 +155,23 @@ def _format(files):
         kind = FORMATS.get(os.path.splitext(stem)[1] if compressed else suffix)
         if kind is None or (compressed and kind == 'parquet'):
             raise ValueError(
-                f'{path} is of no known format; its name must end with {", ".join(FORMATS)}, all but '
-                f'parquet perhaps followed by {", ".join(COMPRESSED)}'
+                f'{path} is of no known format; its name must end with {", ".join(FORMATS)}, all '
+                f'but parquet perhaps followed by {", ".join(COMPRESSED)}'
             )
         if compressed and importlib.util.find_spec(COMPRESSED[suffix]) is None:
-            raise ValueError(
-                f'{path} needs a package that is not installed; run: pip install {COMPRESSED[suffix]}'
-            )
+            remedy = f'run: pip install {COMPRESSED[suffix]}'
+            raise ValueError(f'{path} needs a package that is not installed; {remedy}')
         kinds.add(kind)
     if len(kinds) > 1:
-        raise ValueError(
-            f'the files are {" and ".join(sorted(kinds))}; prepare files of one format at a time'
-        )
+        several = ' and '.join(sorted(kinds))
+        raise ValueError(f'the files are {several}; prepare files of one format at a time')
     return kinds.pop()
 
 
 def _parquet_rows(files, changed, column):
-    """Rows for datasets to keep; its own reader of parquet has whole row groups in memory, several times over.
+    """Yield rows for datasets to copy, because its parquet reader keeps whole row groups in memory.
 
-    changed: times of the files' last change, so that datasets does not take an older copy for this one.
+    changed: the files' modification times. They are part of the key of datasets' cache.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile, read_metadata
@@ -192,11 +184,14 @@ def _parquet_rows(files, changed, column):
             for batch in f.iter_batches(batch_size=64, columns=[column], use_threads=False):
                 for text in batch.column(0):
                     yield {column: text.as_py()}
-                pyarrow.default_memory_pool().release_unused()  # pages of parquet are large and leave large gaps
+                pyarrow.default_memory_pool().release_unused()  # parquet's pages leave large gaps
 
 
 def _is_readable(kind, path, column, options):
-    """Whether `path` alone can be read to its end: with many files, the readers do not say which one they mean."""
+    """Return whether `path` can be read to its end.
+
+    The readers' errors do not say which of several files they mean.
+    """
     import datasets
 
     try:
@@ -222,7 +217,7 @@ def _check_column(column, types, where):
 
 
 def _cause(error):
-    """What went wrong in the first place, without the wrapping of datasets."""
+    """Return the original exception, which datasets wraps in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -234,9 +229,9 @@ def _reason(error):
 
 
 def prepare(folder, texts, tokenizer, source, seed=2357, val_share=0.0005):
-    """Split `texts` as nanoGPT does and write the data set, within hold(folder).
+    """Split `texts` as nanoGPT does and write the data set. The caller holds `folder`.
 
-    ValueError where there are too few for two splits.
+    Raises ValueError if there are too few texts for two splits.
     """
     import datasets
 
@@ -244,78 +239,57 @@ def prepare(folder, texts, tokenizer, source, seed=2357, val_share=0.0005):
     try:
         split = rows.train_test_split(test_size=val_share, seed=seed, shuffle=True)
     except ValueError as e:
-        raise ValueError(
-            f'{len(texts)} documents cannot be divided into two splits; give more text, or raise '
-            '--val_share'
-        ) from e
-    documents = {
-        name: texts.select(np.asarray(split[theirs].with_format('numpy')[:]['row']))
-        for name, theirs in (('train', 'train'), ('val', 'test'))
-    }
+        problem = f'{len(texts)} documents cannot be divided into two splits'
+        raise ValueError(f'{problem}; give more text, or raise --val_share') from e
+    documents = {}
+    for name, key in (('train', 'train'), ('val', 'test')):
+        documents[name] = texts.select(np.asarray(split[key].with_format('numpy')[:]['row']))
     source |= {
         'documents': len(texts),
         'split': f'train_test_split(test_size={val_share}, seed={seed}, shuffle=True)',
     }
-    # datasets names its copy after the files that it was made of and when they were changed
+    # datasets names its copy after a hash of the files and their modification times
     copies = [os.path.relpath(path, folder) for path in texts.files]
-    write_dataset(
-        folder,
-        documents,
-        tokenizer,
-        source,
-        end_of_text=True,
-        fingerprint=repr([source, copies]),
-        held=True,
-    )
+    options = {'end_of_text': True, 'fingerprint': repr([source, copies]), 'held': True}
+    write_dataset(folder, documents, tokenizer, source, **options)
 
 
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
-    arguments.add_argument(
-        '--dataset', default='Skylion007/openwebtext', help='on the hub; default: %(default)s'
-    )
-    arguments.add_argument('--config', help='of the data set on the hub, where it has several')
-    arguments.add_argument(
-        '--data_files', metavar='PATTERN', help='local files in place of the hub, ** for any folder'
-    )
-    arguments.add_argument(
-        '--text_column', default='text', metavar='NAME', help='default: %(default)s'
-    )
+    text = 'on the hub; default: %(default)s'
+    arguments.add_argument('--dataset', default='Skylion007/openwebtext', help=text)
+    text = 'of the data set on the hub, where it has several'
+    arguments.add_argument('--config', help=text)
+    text = 'local files in place of the hub, ** for any folder'
+    arguments.add_argument('--data_files', metavar='PATTERN', help=text)
+    text = 'default: %(default)s'
+    arguments.add_argument('--text_column', default='text', metavar='NAME', help=text)
     arguments.add_bpe_file()
-    arguments.add_argument(
-        '--seed', type=int, default=2357, help='of the split; default: %(default)s'
-    )
-    arguments.add_argument(
-        '--val_share', type=float, default=0.0005, help='of the documents; default: %(default)s'
-    )
-    arguments.add_argument(
-        '--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script'
-    )
+    text = 'of the split; default: %(default)s'
+    arguments.add_argument('--seed', type=int, default=2357, help=text)
+    text = 'of the documents; default: %(default)s'
+    arguments.add_argument('--val_share', type=float, default=0.0005, help=text)
+    text = 'default: beside this script'
+    arguments.add_argument('--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help=text)
     args = arguments.parse_args()
-    if not 0 < args.val_share < 1 or args.seed < 0:
-        fail(
-            f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative'
-        )
+    if not 0 < args.val_share < 1:
+        fail(f'--val_share={args.val_share} must lie between 0 and 1')
+    if args.seed < 0:
+        fail(f'--seed={args.seed} must not be negative')
     gpt2 = GPT2Tokenizer(args.bpe_file)
     cache = args.out_dir / 'text.tmp'
     try:
-        with hold(
-            args.out_dir
-        ):  # before the cache is looked at: two processes would read and write the same one
+        with hold(args.out_dir):  # no other process may use the cache meanwhile
             new = not cache.exists()
             try:
                 texts = load(cache, args.data_files, args.dataset, args.config, args.text_column)
-                asked = (
-                    ('data_files', 'text_column')
-                    if args.data_files
-                    else ('dataset', 'config', 'text_column')
-                )
-                source = {name: getattr(args, name) for name in asked}
+                given = ('data_files',) if args.data_files else ('dataset', 'config')
+                source = {name: getattr(args, name) for name in (*given, 'text_column')}
                 prepare(args.out_dir, texts, gpt2, source, args.seed, args.val_share)
             except ValueError as e:
                 if new:
                     shutil.rmtree(cache, ignore_errors=True)
                 fail(e)
             shutil.rmtree(cache)
-    except KeyboardInterrupt:  # while the text is read; later write_dataset says what is kept
+    except KeyboardInterrupt:  # while reading; write_dataset handles later ones
         raise SystemExit(128 + signal.SIGINT) from None

@@ -1,11 +1,13 @@
-"""Python's own standard library as a character-level data set: real text on every machine, without a network.
+"""Prepare Python's standard library as a character-level data set: no network needed.
 
     python data/pystdlib_char/prepare.py
 
-It takes the sources of the interpreter that runs it, tests, IDLE and installed packages left out: about 10 MB.
-A file's place, and whether it is for training or validation, follow from the hash of its path, so that a file keeps
-its side in every version of Python. Files with anything but printable ASCII and newlines (about 3 % of them, the
-largest a table of help texts) are left out: the vocabulary is the same 96 characters everywhere and losses compare.
+The text is the sources of the interpreter that runs this script, about 10 MB, without tests, IDLE
+and installed packages. The hash of a file's path decides its place and its split, so a file has
+the same split in every version of Python.
+
+Files with characters other than printable ASCII and newlines are left out, about 3 % of them.
+The vocabulary is therefore the same 96 characters everywhere, and losses can be compared.
 """
 
 import hashlib
@@ -33,13 +35,14 @@ LEFT_OUT = {
 
 
 def collect(stdlib):
-    """The sources under `stdlib`: train, val (dicts from path to text, in order), and the number of files left out."""
+    """Return the sources under `stdlib`: train, val, number of files left out.
+
+    train and val are {path: text}, in the order of the data set.
+    """
     paths = {}
     for path in Path(stdlib).rglob('*.py'):
         relative = path.relative_to(stdlib)
-        built = path.name.startswith(
-            '_sysconfigdata'
-        )  # how this interpreter was built: differs by machine
+        built = path.name.startswith('_sysconfigdata')  # written by the build: differs by machine
         if path.is_file() and not built and LEFT_OUT.isdisjoint(relative.parts):
             paths[hashlib.sha256(relative.as_posix().encode()).hexdigest()] = path
     train, val, left_out = {}, {}, 0
@@ -59,18 +62,16 @@ def collect(stdlib):
 def prepare(folder, stdlib):
     train, val, left_out = collect(stdlib)
     if not train or not val:
-        fail(
-            f'there are no Python sources in {stdlib}; run this with a Python that comes with them'
-        )
+        problem = f'there are no Python sources in {stdlib}'
+        fail(f'{problem}; run this with a Python that comes with them')
     train_text, val_text = ''.join(train.values()), ''.join(val.values())
+    version = platform.python_version()
     files, characters = len(train) + len(val), len(train_text) + len(val_text)
-    print(
-        f'Python {platform.python_version()}: {files} files, {characters:,} characters; {left_out} files left out'
-    )
+    print(f'Python {version}: {files} files, {characters:,} characters; {left_out} files left out')
 
     source = {
         'text': "the Python standard library's sources",
-        'python': platform.python_version(),
+        'python': version,
         'files': files,
         'files_left_out': left_out,
         'split': 'validation: the files with sha256(path) in the last tenth of its range',

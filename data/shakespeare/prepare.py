@@ -1,4 +1,4 @@
-"""Shakespeare's plays in GPT-2's byte pair encoding, for finetuning: the first 90 % to train on, the rest to validate.
+"""Prepare tiny Shakespeare as GPT-2 tokens, for finetuning. The last 10 % is for validation.
 
 python data/shakespeare/prepare.py [--input FILE] [--bpe_file FILE]
 """

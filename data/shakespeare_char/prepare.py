@@ -1,4 +1,4 @@
-"""Shakespeare's plays (1.1 MB, "tiny Shakespeare"), character level: the first 90 % to train on, the rest to validate.
+"""Prepare tiny Shakespeare (1.1 MB of plays) as characters. The last 10 % is for validation.
 
 python data/shakespeare_char/prepare.py [--input FILE]
 """
@@ -19,10 +19,12 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 
 def read_shakespeare(arguments):
-    """What the command line asks for: (documents, source, args), the text downloaded or from --input FILE."""
-    arguments.add_argument(
-        '--input', metavar='FILE', help='a UTF-8 text to use in place of the download'
-    )
+    """Parse the command line and return (documents, source, args).
+
+    The text is downloaded, or read from --input FILE.
+    """
+    text = 'a UTF-8 text to use in place of the download'
+    arguments.add_argument('--input', metavar='FILE', help=text)
     args = arguments.parse_args()
     path = args.input
     if path is not None:
@@ -32,9 +34,8 @@ def read_shakespeare(arguments):
             with urllib.request.urlopen(URL, timeout=30) as response:
                 text = response.read().decode('utf-8')
         except (OSError, http.client.HTTPException, UnicodeDecodeError) as e:
-            fail(
-                f'cannot download {URL} ({e}); fetch it elsewhere and name the local copy with --input FILE'
-            )
+            remedy = 'fetch it elsewhere and name the local copy with --input FILE'
+            fail(f'cannot download {URL} ({e}); {remedy}')
     cut = int(len(text) * 0.9)
     source = {'text': path or URL, 'split': 'the first 90 % of the characters, the rest'}
     return {'train': [text[:cut]], 'val': [text[cut:]]}, source, args

@@ -1,8 +1,8 @@
-"""The first 25,000 characters of tiny Shakespeare to train on, 20,000 of its validation part to validate.
+"""Prepare 25,000 characters of tiny Shakespeare for training and 20,000 for validation.
 
     python data/shakespeare_scarce/prepare.py [--input FILE]
 
-So little text that a small model reads it dozens of times in seconds and over-fits: where regularization counts.
+A small model reads this text dozens of times in seconds and overfits, so regularization counts.
 """
 
 import os
@@ -19,6 +19,6 @@ FOLDER = Path(os.path.abspath(__file__)).parent
 if __name__ == '__main__':
     documents, source, _ = read_shakespeare(Arguments(__doc__))
     train, val = documents['train'][0], documents['val'][0]
-    char = CharTokenizer(sorted(set(train + val)))  # as shakespeare_char's
+    char = CharTokenizer(sorted(set(train + val)))  # the vocabulary of shakespeare_char
     source['split'] = 'the first 25,000 characters, and 20,000 from nine tenths of the text on'
     write_dataset(FOLDER, {'train': [train[:25000]], 'val': [val[:20000]]}, char, source)

@@ -1,10 +1,11 @@
-"""Your own text: files, or folders with all the files in them, as GPT-2 tokens or characters.
+"""Prepare your own text, files or folders of files, as GPT-2 tokens or characters.
 
     python data/text/prepare.py notes.txt books/
     python data/text/prepare.py books/ --tokenizer char --out_dir data/books
 
-Each file is UTF-8 and a document, which in GPT-2 tokens ends with <|endoftext|>. The files are shuffled; the last tenth
-of all their bytes is for validation. Files and folders whose names start with a dot are left out.
+Each file is a UTF-8 document, which in GPT-2 tokens ends with <|endoftext|>. The files are
+shuffled, and the last tenth of the bytes is for validation. Files and folders whose names start
+with a dot are left out.
 """
 
 import os
@@ -22,7 +23,7 @@ FOLDER = Path(os.path.abspath(__file__)).parent
 
 
 class Files:
-    """The texts of `parts`, (path, first byte, end) each; a slice of it is a list of str."""
+    """Read the texts of `parts`, a list of (path, first byte, end). A slice is a list of str."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -38,27 +39,26 @@ class Files:
                     f.seek(start)
                     texts.append(f.read(end - start).decode('utf-8'))
             except UnicodeDecodeError as e:
-                raise ValueError(
-                    f'{path} is not UTF-8 text (byte {start + e.start}); convert it with iconv, or leave '
-                    'it out'
-                ) from e
+                problem = f'{path} is not UTF-8 text (byte {start + e.start})'
+                raise ValueError(f'{problem}; convert it with iconv, or leave it out') from e
             except OSError as e:
                 raise ValueError(f'cannot read {path} ({e.strerror})') from e
         return texts
 
 
 def find(paths):
-    """{path: bytes} of the files at and under `paths`, in order. ValueError where there are none."""
+    """Return {path: bytes} of the files at and under `paths`, in order.
+
+    Raises ValueError if a path is missing or there is no text.
+    """
     found = {}
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f'there is no {path}')
-        below = sorted(
-            p
-            for p in path.rglob('*')
-            if not any(n.startswith('.') for n in p.relative_to(path).parts)
-        )
-        for file in below if path.is_dir() else [path]:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob('*') if not _is_hidden(file, path))
+        for file in files:
             if file.is_file() and file.stat().st_size:
                 found[os.path.abspath(file)] = file.stat().st_size
     if not found:
@@ -66,10 +66,17 @@ def find(paths):
     return found
 
 
+def _is_hidden(file, folder):
+    return any(name.startswith('.') for name in file.relative_to(folder).parts)
+
+
 def split(sizes, seed, val_share):
-    """{'train': Files, 'val': Files}: shuffled, and divided at a character near val_share of the bytes from the end."""
+    """Shuffle the files and return {'train': Files, 'val': Files}.
+
+    The last val_share of the bytes, from the nearest character on, is for validation.
+    """
     paths = [list(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]
-    left = round(sum(sizes.values()) * (1 - val_share))  # bytes that training still gets
+    left = round(sum(sizes.values()) * (1 - val_share))  # bytes left for training
     train, val = [], []
     for path in paths:
         cut = min(max(left, 0), sizes[path])
@@ -77,7 +84,7 @@ def split(sizes, seed, val_share):
         if 0 < cut < sizes[path]:
             with open(path, 'rb') as f:
                 f.seek(cut)
-                while f.read(1)[0] & 0xC0 == 0x80 and cut < sizes[path] - 1:  # within a character
+                while f.read(1)[0] & 0xC0 == 0x80 and cut < sizes[path] - 1:  # inside a character
                     cut += 1
         if cut > 0:
             train.append((path, 0, cut))
@@ -89,7 +96,7 @@ def split(sizes, seed, val_share):
 
 
 def characters(documents):
-    """Every character that there is, in order."""
+    """Return the distinct characters, sorted."""
     known = set()
     for texts in documents.values():
         for i in range(len(texts)):
@@ -100,24 +107,20 @@ def characters(documents):
 if __name__ == '__main__':
     arguments = Arguments(__doc__)
     arguments.add_argument('paths', nargs='+', metavar='PATH')
-    arguments.add_argument(
-        '--tokenizer', choices=('gpt2', 'char'), default='gpt2', help='default: %(default)s'
-    )
+    text = 'default: %(default)s'
+    arguments.add_argument('--tokenizer', choices=('gpt2', 'char'), default='gpt2', help=text)
     arguments.add_bpe_file()
-    arguments.add_argument(
-        '--seed', type=int, default=2357, help='of the shuffling; default: %(default)s'
-    )
-    arguments.add_argument(
-        '--val_share', type=float, default=0.1, help='of the bytes; default: %(default)s'
-    )
-    arguments.add_argument(
-        '--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help='default: beside this script'
-    )
+    text = 'of the shuffling; default: %(default)s'
+    arguments.add_argument('--seed', type=int, default=2357, help=text)
+    text = 'of the bytes; default: %(default)s'
+    arguments.add_argument('--val_share', type=float, default=0.1, help=text)
+    text = 'default: beside this script'
+    arguments.add_argument('--out_dir', type=Path, default=FOLDER, metavar='FOLDER', help=text)
     args = arguments.parse_args()
-    if not 0 < args.val_share < 1 or args.seed < 0:
-        fail(
-            f'--val_share={args.val_share} must lie between 0 and 1, and --seed={args.seed} must not be negative'
-        )
+    if not 0 < args.val_share < 1:
+        fail(f'--val_share={args.val_share} must lie between 0 and 1')
+    if args.seed < 0:
+        fail(f'--seed={args.seed} must not be negative')
     try:
         sizes = find(args.paths)
         documents = split(sizes, args.seed, args.val_share)
@@ -132,11 +135,6 @@ if __name__ == '__main__':
         'split': f'by bytes, seed {args.seed}, validation {args.val_share}',
     }
     changed = [os.stat(path).st_mtime_ns for path in sizes]
-    write_dataset(
-        args.out_dir,
-        documents,
-        tokenizer,
-        source,
-        end_of_text=not char,
-        fingerprint=repr((documents['train'].parts, documents['val'].parts, changed)),
-    )
+    fingerprint = repr((documents['train'].parts, documents['val'].parts, changed))
+    options = {'end_of_text': not char, 'fingerprint': fingerprint}
+    write_dataset(args.out_dir, documents, tokenizer, source, **options)
