@@ -15,8 +15,9 @@ test: .venv/installed-dev
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-data/pystdlib_char/meta.json: data/pystdlib_char/prepare.py data/prepare.py | .venv/installed
+data/pystdlib_char/meta.json: data/pystdlib_char/prepare.py data/tokenizers.py data/writer.py | .venv/installed
 	$(BIN)/python data/pystdlib_char/prepare.py
 
 .venv/installed: requirements.txt

@@ -1,13 +1,10 @@
-"""Measure what the project claims: the time of an optimizer step, what train.py's loop costs beside its parts, and the
-speed and memory of data/openwebtext/prepare.py.
+"""Measure what the project claims, in this one process, in turns: medians of the same minutes.
 
-    python bench.py --what=optimizer        GPT-2 124M's tensors, all optimizers, with clipping
-    python bench.py --what=train            on the CPU: an iteration of train.py against the parts it is made of
-    python bench.py --what=throughput       tokens a second of GPT-2 124M; on a GPU --what=train is this
-    python bench.py --what=prepare --data_files=corpus.parquet --bpe_file=gpt2.tiktoken --repeats=3
-
-Everything that is compared runs in this one process, in turns, and the medians are printed: machines are shared and
-noisy, ratios within a process are not.
+python bench.py --what=optimizer     an optimizer's step with clipping, against torch's
+python bench.py --what=host          the host's share of a step on a GPU; needs no GPU
+python bench.py --what=train         CPU: an iteration of train.py against the parts it has
+python bench.py --what=throughput    tokens a second of GPT-2; on a GPU --what=train is this
+python bench.py --what=prepare --data_files=corpus.parquet --bpe_file=gpt2.tiktoken --repeats=3
 """
 
 import filecmp
@@ -35,16 +32,17 @@ from configurator import check, configure
 from cpr import AdamCPR, AdamW, AdamWN
 from runtime import fail, setup
 
-what = 'optimizer'  # 'optimizer', 'train', 'throughput' or 'prepare'
+what = 'optimizer'  # 'optimizer', 'host', 'train', 'throughput' or 'prepare'
 repeats = 15  # rounds; each runs every contender once
 device = 'auto'  # of the tensors
-impl = 'auto'  # of this project's optimizers: 'triton', 'torch', or 'auto': 'triton' on a GPU
-sizes = '124M'  # the GPT-2s whose tensors are updated: of '124M,350M,774M,1.5B' and, to try things, 'tiny'
+impl = 'auto'  # of this project's optimizers: 'triton', 'numba', 'torch'; 'auto': each that runs
+sizes = '124M,char'  # whose tensors are updated: of 'char,124M,350M,774M,1.5B' and 'tiny'
 batches = '12,32,64'  # throughput: sequences an iteration
 block_size = 1024  # throughput: tokens a sequence
 grad_clip = 1.0  # total gradient norm to clip to
 grad_norm = 10.0  # total gradient norm before clipping; below grad_clip nothing is clipped
-train_arguments = 'config/train_char_cpr.py --max_iters=150 --eval_interval=150 --eval_iters=1 --out_dir=out-bench'
+# train: what is trained
+train_arguments = 'config/train_char_cpr.py --max_iters=150 --eval_iters=1 --out_dir=out-bench'
 data_files = ''  # prepare: local files of text, as data/openwebtext/prepare.py takes them
 bpe_file = ''  # prepare: GPT-2's vocabulary, in place of tiktoken's own
 # ----
@@ -52,22 +50,24 @@ configure(globals())
 check(
     globals(),
     {
-        'one of optimizer train throughput prepare': 'what',
+        'one of optimizer host train throughput prepare': 'what',
         '>= 1': 'repeats block_size',
         '>= 0': 'grad_clip grad_norm',
-        'one of auto torch triton': 'impl',
+        'one of auto triton numba torch': 'impl',
     },
 )
 PAIR = 'clip_grad_norm_ + torch.optim.AdamW(fused=True)'
+FOREACH = 'clip_grad_norm_ + torch.optim.AdamW(foreach=True)'
 THEIRS = 'clip_grad_norm_ + pytorch_cpr.AdamCPR'
+GPT2 = dict(vocab_size=50304, block_size=1024, bias=True)
 SIZES = {
-    'tiny': (2, 2, 64),
-    '124M': (12, 12, 768),
-    '350M': (24, 16, 1024),
-    '774M': (36, 20, 1280),
-    '1.5B': (48, 25, 1600),
+    'tiny': dict(n_layer=2, n_head=2, n_embd=64, **GPT2),
+    'char': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=100, block_size=128, bias=False),
+    '124M': dict(n_layer=12, n_head=12, n_embd=768, **GPT2),
+    '350M': dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),
+    '774M': dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),
+    '1.5B': dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),
 }
-
 for size in sizes.split(','):
     if size not in SIZES:
         fail(f"sizes='{sizes}' names {size}; there are {', '.join(SIZES)}")
@@ -84,81 +84,73 @@ def milliseconds(step, rt, times=1):
 
 
 def copy_bandwidth(rt):
-    """Bytes a second that a copy of 1 GB reads and writes on this device (fastest of five times ten)."""
+    """Bytes a second that a copy of 1 GB reads and writes here (fastest of five times ten)."""
     x = torch.empty(1 << 28, device=rt.device)
     y = torch.empty_like(x)
-    return (
-        2 * x.nbytes / min(milliseconds(lambda: y.copy_(x), rt, times=10) for _ in range(5)) * 1e3
-    )
+    fastest = min(milliseconds(lambda: y.copy_(x), rt, times=10) for _ in range(5))
+    return 2 * x.nbytes / fastest * 1e3
 
 
-def contenders(params):
-    """{name: (optimizer over params, bytes a parameter that a step with clipping moves or None, whether it clips)}."""
+def contenders(params, impl):
+    """{name: (optimizer, bytes a parameter of a step with clipping or None, whether it clips)}."""
     common = dict(lr=1e-4, betas=(0.9, 0.95))
     # kappa so low that every bound is active from the first step on
     bound = dict(kappa_init_method='uniform', kappa_init_param=1e-6)
     ours = dict(**common, max_grad_norm=grad_clip, impl=impl)
-    matrices = [
-        {'params': [p for p in params if p.dim() >= 2]},
-        {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0, 'regularize': False},
-    ]
+    matrices, vectors = ([p for p in params if (p.dim() >= 2) == wide] for wide in (True, False))
 
-    def groups():
-        return [dict(group) for group in matrices]
+    def groups(**of_vectors):
+        return [{'params': matrices}, {'params': vectors, **of_vectors}]
 
-    def torchs(**kind):
-        plain = [{k: v for k, v in group.items() if k != 'regularize'} for group in groups()]
-        return torch.optim.AdamW(plain, weight_decay=0.1, **common, **kind)
-
-    every = {
-        PAIR: (torchs(fused=True), 40, False),
-        'clip_grad_norm_ + torch.optim.AdamW(foreach=True)': (torchs(foreach=True), None, False),
-        'AdamW': (AdamW(groups(), weight_decay=0.1, **ours), 32, True),
-        "AdamCPR, order='before'": (AdamCPR(groups(), **bound, **ours), 32, True),
-        "AdamCPR, order='after'": (AdamCPR(groups(), **bound, order='after', **ours), 40, True),
-        "AdamWN, order='before'": (AdamWN(groups(), ratio=2.0, order='before', **ours), 32, True),
-        "AdamWN, order='after'": (AdamWN(groups(), ratio=2.0, **ours), 40, True),
+    decayed = dict(weight_decay=0.1, **common)
+    torchs = {
+        kind: torch.optim.AdamW(groups(weight_decay=0.0), **{kind: True}, **decayed)
+        for kind in ('fused', 'foreach')
     }
+    every = {PAIR: (torchs['fused'], 40, False), FOREACH: (torchs['foreach'], None, False)}
+    every['AdamW'] = AdamW(groups(weight_decay=0.0), weight_decay=0.1, **ours), 32, True
+    for cls, options in ((AdamCPR, bound), (AdamWN, dict(ratio=2.0))):
+        for order, moved in (('before', 32), ('after', 40)):
+            optimizer = cls(groups(regularize=False), order=order, **options, **ours)
+            every[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
     try:
         import pytorch_cpr
-
-        every[THEIRS] = (
-            pytorch_cpr.AdamCPR(
-                [{**group, 'regularize': group.get('regularize', True)} for group in groups()],
-                **common,
-                **bound,
-            ),
-            None,
-            False,
-        )
     except ImportError:
         print('pytorch_cpr is not installed (requirements-dev.txt): left out')
+        return every
+    theirs = [{'params': matrices, 'regularize': True}, {'params': vectors, 'regularize': False}]
+    every[THEIRS] = pytorch_cpr.AdamCPR(theirs, **common, **bound), None, False
     return every
 
 
 def bench_optimizer():
     rt = setup(device)
     bandwidth = copy_bandwidth(rt)
+    every = (
+        ('triton' if rt.device_type == 'cuda' else 'numba', 'torch') if impl == 'auto' else (impl,)
+    )
     for name in sizes.split(','):
-        optimizer_table(name, bandwidth, rt)
-        gc.collect()  # the next size needs the memory
-        if rt.device_type == 'cuda':
-            torch.cuda.empty_cache()
+        for each in every:
+            optimizer_table(name, each, bandwidth, rt)
+            gc.collect()  # the next one needs the memory
+            if rt.device_type == 'cuda':
+                torch.cuda.empty_cache()
 
 
-def optimizer_table(size, bandwidth, rt):
+def optimizer_table(size, impl, bandwidth, rt):
     """All contenders on the same weights and gradients, in turns; each has its own state."""
-    layers, heads, channels = SIZES[size]
-    config = model.GPTConfig(n_layer=layers, n_head=heads, n_embd=channels, bias=True)
     with torch.device(rt.device):
-        params = list(model.GPT(config).parameters())
+        params = list(model.GPT(model.GPTConfig(**SIZES[size])).parameters())
     for p in params:
         p.grad = torch.randn_like(p)
-    grads, every = [p.grad for p in params], contenders(params)
-    times = {name: [] for name in every}
-    in_a_row = (
-        1 if rt.device_type == 'cpu' else 10
-    )  # on a GPU, so that launching the next hides behind the last
+    grads, every = [p.grad for p in params], contenders(params, impl)
+    count, times = sum(p.numel() for p in params), {name: [] for name in every}
+    # in a row, so that launching a step on a GPU hides behind the last, and a short one is timed
+    in_a_row = 1 if rt.device_type == 'cpu' and count > 1e7 else 10
+
+    def scale_gradients():
+        torch._foreach_mul_(grads, grad_norm / torch.nn.utils.get_total_norm(grads).item())
+
     for i in range(repeats + 1):
         for name, (optimizer, _, clips) in every.items():
 
@@ -167,45 +159,92 @@ def optimizer_table(size, bandwidth, rt):
                     torch.nn.utils.clip_grad_norm_(params, grad_clip)
                 optimizer.step()
 
-            torch._foreach_mul_(
-                grads, grad_norm / torch.nn.utils.get_total_norm(grads).item()
-            )  # they are rewritten
-            step()  # the others have written the weights: what it knows of their norms it learns here
-            if not clips:
-                torch._foreach_mul_(grads, grad_norm / torch.nn.utils.get_total_norm(grads).item())
+            scale_gradients()
+            step()  # others have written the weights: their norms are summed anew
+            scale_gradients()
             ms = milliseconds(step, rt, in_a_row)
             if i > 0:
                 times[name].append(ms)
-    count = sum(p.numel() for p in params)
     medians = {name: statistics.median(ms) for name, ms in times.items()}
     print(
-        f'\nGPT-2 {size}: {count / 1e6:.1f}M parameters in {len(params)} tensors, float32, {_machine(rt)}; gradient '
-        f'norm {grad_norm:g} clipped to {grad_clip:g}; medians of {repeats} rounds; copy {bandwidth / 1e9:.0f} GB/s'
+        f'\n{size}: {count / 1e6:.1f}M parameters in {len(params)} tensors, float32, {impl}, '
+        f'{_machine(rt)}; gradient norm {grad_norm:g} clipped to {grad_clip:g}; medians of '
+        f'{repeats} rounds; copy {bandwidth / 1e9:.0f} GB/s\n'
     )
-    print(f'\n{"":52}{"ms":>8}{"fastest":>9}{"ratio":>7}{"bytes":>7}{"of copy":>9}')
+    print(f'{"":52}{"ms":>8}{"fastest":>9}{"ratio":>7}{"bytes":>7}{"of copy":>9}')
     for name, (_, moved, _) in every.items():
-        share = (
-            f'{moved:7}{moved * count / medians[name] * 1e3 / bandwidth:9.0%}'
-            if moved
-            else f'{"-":>7}{"-":>9}'
-        )
-        print(
-            f'{name:52}{medians[name]:8.2f}{min(times[name]):9.2f}{medians[name] / medians[PAIR]:7.2f}{share}'
-        )
+        line = f'{name:52}{medians[name]:8.2f}{min(times[name]):9.2f}'
+        line += f'{medians[name] / medians[PAIR]:7.2f}'
+        if moved:
+            line += f'{moved:7}{moved * count / medians[name] * 1e3 / bandwidth:9.0%}'
+        print(line)
+
+
+class NoGPU:
+    """A driver for Triton with no GPU behind it: compiles for sm_90, launches nothing."""
+
+    utils = launcher_cls = property(lambda self: self)
+
+    def __call__(self, *arguments):
+        return lambda *launch: None
+
+    def get_current_target(self):
+        return triton_target('cuda', 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_properties(self, device):
+        return {'max_shared_mem': 232448, 'warpSize': 32}
+
+    def load_binary(self, *arguments):
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads at most
+
+
+def bench_host():
+    """The host's time of a step on a GPU: all but the kernels, small operations being the CPU's."""
+    global triton_target
+    import triton
+    from triton.backends.compiler import GPUTarget as triton_target
+
+    from kernels import gpu
+
+    triton.runtime.driver.set_active(NoGPU())
+    gpu.INTERPRETED = True  # no GPU is asked for
+    torch.set_num_threads(1)
+    print(f"the host's time of a step on a GPU, medians of {10 * repeats} steps, one thread\n")
+    for size in sizes.split(','):
+        with torch.device('meta'):
+            shapes = [p.shape for p in model.GPT(model.GPTConfig(**SIZES[size])).parameters()]
+        params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]  # never read
+        for p in params:
+            p.grad = torch.empty_like(p)
+        for name, (optimizer, _, clips) in contenders(params, 'triton').items():
+            if clips:
+                for p in params:
+                    moments = {'exp_avg': torch.empty_like(p), 'exp_avg_sq': torch.empty_like(p)}
+                    optimizer.state[p] = {'step': torch.zeros(()), **moments}
+                times = [milliseconds(optimizer.step, setup('cpu')) for _ in range(10 * repeats)]
+                print(f'{size:6}{len(params):5} tensors  {name:28}', end='')
+                print(f'{statistics.median(times):7.2f} ms, fastest {min(times):.2f}', flush=True)
 
 
 def bench_throughput():
-    """Tokens a second of whole iterations, and what the step is of them; the same loop for every optimizer.
+    """Tokens a second of whole iterations, and the step's share; one loop for every optimizer.
 
-    hours: what 100k iterations of config/train_gpt2_*.py, of 491,520 tokens, would take at that speed.
+    hours: what 100k iterations of config/train_gpt2_*.py, of 491,520 tokens, would take.
     """
     rt = setup(device, seed=1337)
-    layers, heads, channels = SIZES[sizes.split(',')[0]]
-    config = model.GPTConfig(n_layer=layers, n_head=heads, n_embd=channels, block_size=block_size)
+    size = sizes.split(',')[0]
+    shape = dict(SIZES[size], block_size=block_size, bias=False)
+    config = model.GPTConfig(**shape)
     print(
-        f'GPT-2 {sizes.split(",")[0]}, block {block_size}, {rt.dtype}, {_machine(rt)}, torch {torch.__version__}; '
-        f'medians of {repeats} iterations\n\n{"":52}{"batch":>6}{"tokens/s":>10}{"hours":>9}{"mfu":>7}{"GB":>7}'
-        f'{"forward":>9}{"backward":>10}{"step":>7}'
+        f'GPT-2 {size}, block {block_size}, {rt.dtype}, {_machine(rt)}, torch {torch.__version__}; '
+        f'medians of {repeats} iterations\n\n{"":52}{"batch":>6}{"tokens/s":>10}{"hours":>9}'
+        f'{"mfu":>7}{"GB":>7}{"forward":>9}{"backward":>10}{"step":>7}'
     )
     for batch in map(int, batches.split(',')):
         gpt = model.GPT(config).to(rt.device)
@@ -213,7 +252,7 @@ def bench_throughput():
         x, y = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device).unbind()
         params = list(gpt.parameters())
         for name in (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'"):
-            optimizer, _, clips = contenders(params)[name]
+            optimizer, _, clips = contenders(params, impl)[name]
             parts = [[], [], []]
             if rt.device_type == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
@@ -239,18 +278,15 @@ def bench_throughput():
                         )
             forward, backward, step = map(statistics.median, parts)
             ms = statistics.median(map(sum, zip(*parts, strict=True)))
-            mfu = (
-                f'{gpt.estimate_mfu(batch, ms / 1e3, rt.peak_flops):.1%}' if rt.peak_flops else '-'
-            )
-            peak = (
-                f'{torch.cuda.max_memory_allocated() / 1e9:.1f}'
-                if rt.device_type == 'cuda'
-                else '-'
-            )
+            mfu = peak = '-'
+            if rt.peak_flops:
+                mfu = f'{gpt.estimate_mfu(batch, ms / 1e3, rt.peak_flops):.1%}'
+            if rt.device_type == 'cuda':
+                peak = f'{torch.cuda.max_memory_allocated() / 1e9:.1f}'
             speed = batch * block_size / ms * 1e3  # tokens a second
             print(
-                f'{name:52}{batch:6}{speed:10,.0f}{100e3 * 491520 / speed / 3600:9,.0f}{mfu:>7}{peak:>7}'
-                f'{forward / ms:9.1%}{backward / ms:10.1%}{step / ms:7.1%}',
+                f'{name:52}{batch:6}{speed:10,.0f}{100e3 * 491520 / speed / 3600:9,.0f}{mfu:>7}'
+                f'{peak:>7}{forward / ms:9.1%}{backward / ms:10.1%}{step / ms:7.1%}',
                 flush=True,
             )
             del optimizer  # and with it its moments
@@ -265,7 +301,7 @@ def _now(rt):
 
 
 def bench_train():
-    """On a GPU the throughput. On the CPU what train.py's loop costs besides its forward, backward and step."""
+    """On a GPU the throughput; on the CPU what train.py's loop adds to forward, backward, step."""
     if setup(device).device_type == 'cuda':
         bench_throughput()
     else:
@@ -309,31 +345,29 @@ def bench_loop():
         for handle in handles:
             handle.remove()
     if len(iterations) < 20:
-        fail(
-            f'{len(iterations)} iterations are too few to measure; raise --max_iters in train_arguments'
-        )
+        fail(f'{len(iterations)} iterations are too few; raise --max_iters in train_arguments')
     iterations = iterations[10:]  # the first ones warm up
     whole, inside = (statistics.median(x) * 1e3 for x in zip(*iterations, strict=True))
     ratio = statistics.median(whole / inside for whole, inside in iterations)
     print(
-        f'\n{train_arguments}\n{_machine(names["rt"])}, median of {len(iterations)} iterations: {whole:.2f} ms an '
-        f'iteration, {inside:.2f} ms in forward, backward and step; iteration / parts: {ratio:.4f}'
+        f'\n{train_arguments}\n{_machine(names["rt"])}, median of {len(iterations)} iterations: '
+        f'{whole:.2f} ms an iteration, {inside:.2f} ms in forward, backward and step; '
+        f'iteration / parts: {ratio:.4f}'
     )
 
 
 def bench_prepare():
-    """From the loaded text to the files, beside nanoGPT's recipe; then the memory of the whole script, and a batch."""
+    """From loaded text to files, beside nanoGPT's recipe; the script's memory; and a batch."""
     if not data_files:
-        fail(
-            '--what=prepare needs --data_files=PATTERN: local files with a column or lines of text'
-        )
+        fail('--what=prepare needs --data_files=PATTERN: files with a column or lines of text')
     import datasets
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
     from data.openwebtext.prepare import load, prepare
-    from data.prepare import GPT2Tokenizer, cores
+    from data.tokenizers import GPT2Tokenizer
     from data.tokens import TokenData
+    from data.writer import cores
 
     gpt2 = GPT2Tokenizer(bpe_file or None)
     theirs = tiktoken.Encoding(
@@ -396,7 +430,8 @@ def bench_prepare():
         }
         tokens = TokenData(folder / 'ours').meta['train_tokens']
         print(
-            f'{len(texts):,} documents, {tokens / 1e6:.1f} M tokens, {cores()} cores; medians of {repeats}'
+            f'{len(texts):,} documents, {tokens / 1e6:.1f} M tokens, {cores()} cores; '
+            f'medians of {repeats}'
         )
         for name, (seconds, used) in medians.items():
             print(
@@ -409,7 +444,7 @@ def bench_prepare():
             f'files byte for byte the same: {"yes" if same else "NO"}'
         )
 
-        # a process begins with the peak of the one that it comes from, so a small one stands between
+        # a process begins with the peak of its parent, so a small one stands between
         between = (
             'import os, sys; pid = os.posix_spawn(sys.executable, sys.argv[1:], os.environ); '
             '_, status, usage = os.wait4(pid, 0); '
@@ -431,7 +466,7 @@ def bench_prepare():
 
 
 def _processor_time():
-    """Seconds that this process and its ended children have used; os.times() counts in steps of 10 ms."""
+    """Seconds of processor time of this process and its ended children, finer than os.times()."""
     usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -444,6 +479,7 @@ def _machine(rt):
 
 {
     'optimizer': bench_optimizer,
+    'host': bench_host,
     'train': bench_train,
     'throughput': bench_throughput,
     'prepare': bench_prepare,

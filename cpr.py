@@ -1,14 +1,14 @@
 """AdamW, AdamCPR and AdamWN: Adam whose regularizer is the norm of each weight tensor.
 
-All three are one update. With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, tensor j becomes
+With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, all three are one update of tensor j,
 
     theta_j <- (1 - d_j) * theta_j - lr * u_j
 
-A rule decides d_j: it is a class here with one method, `decide`. A pass goes over memory: it is a
-function of kernels/, in Triton (gpu.py), Numba (cpu.py) and PyTorch operations (plain.py).
-order='before' decides from theta before the Adam update, of which the pass that wrote it summed the
-squares; one pass does it all. order='after' decides from the Adam-updated theta and corrects it by
-a second pass. On an accelerator nothing in a step waits for the device.
+A rule decides d_j: it is a class here with a method `decide`. A pass goes over memory: it is a
+function of kernels/, in Triton (gpu.py), Numba (cpu.py) and PyTorch operations (plain.py). With
+order='before' d_j is decided from theta before the Adam update, whose sums the pass that wrote it
+has left, and one pass does it all. With order='after' it is decided from the Adam-updated theta,
+which a second pass corrects. On an accelerator no step after the first waits for the device.
 """
 
 import math
@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from kernels import dtensor
 from kernels.bucket import SavedState, check, kernels_for, make_buckets
 
-IMPLS = ('auto', 'triton', 'numba', 'torch')
+IMPLS, REG_FUNCTIONS = ('auto', 'triton', 'numba', 'torch'), ('l2', 'l1', 'std', 'huber')
 KAPPA_INIT_METHODS = ('uniform', 'dependent', 'warm_start', 'inflection_point')
-REG_FUNCTIONS = ('l2', 'l1', 'std', 'huber')
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # what factories of other packages pass along, accepted where it asks for nothing
 NEUTRAL = 'amsgrad maximize capturable differentiable foreach fused weight_decay'.split()
 
@@ -40,22 +40,18 @@ class NormAdam(Optimizer):
             'torch', or 'auto': the first of them that fits and is installed.
         amsgrad, foreach, weight_decay and the like: accepted where they ask for nothing.
     `grad_norm` (0-d float32) is the total norm before clipping. A step whose norm is not finite
-    changes nothing and counts in `skipped_steps` (0-d int64). DTensors are updated shard by shard;
-    norms are of whole tensors. Write weights under torch.no_grad(): a write through p.data is not
-    counted, and the next decision misses it. Replace entries of `state` by load_state_dict.
+    changes no weight and no state, and counts in `skipped_steps` (0-d int64). DTensors are updated
+    shard by shard. Write weights under torch.no_grad(): the next decision misses a write through
+    p.data. Replace entries of `state` by load_state_dict.
     """
 
     needs_R = True  # whether `decide` asks for R
 
     def __init__(self, params, defaults, *, order, max_grad_norm=0.0, impl='auto', **options):
-        kind, lr, betas = type(self).__name__, defaults['lr'], tuple(defaults['betas'])
         for name, value in options.items():
             if name not in NEUTRAL:
-                raise TypeError(f"{kind} has no argument '{name}'")
-            check(not value, f'{kind} does not support {name}={value}; leave it out')
-        check(lr.numel() == 1 if torch.is_tensor(lr) else lr >= 0, f'lr={lr}: one number >= 0')
-        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), f'betas={betas}: two in [0, 1)')
-        check(defaults['eps'] >= 0, f'eps={defaults["eps"]} must be >= 0')
+                raise TypeError(f"{type(self).__name__} has no argument '{name}'")
+            check(not value, f'{type(self).__name__} does not support {name}={value}; leave it out')
         check(max_grad_norm is None or max_grad_norm >= 0, f'max_grad_norm={max_grad_norm}: >= 0')
         check(order in ('before', 'after'), f"order='{order}' must be 'before' or 'after'")
         check(impl in IMPLS, f"impl='{impl}' must be one of {IMPLS}")
@@ -63,14 +59,14 @@ class NormAdam(Optimizer):
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
         self._names, self._buckets, self._captured = {}, None, []
         params = self._groups_of(params) if isinstance(params, nn.Module) else params
-        super().__init__(params, {**defaults, 'betas': betas})
+        super().__init__(params, defaults)
 
     def _groups_of(self, module):
         """Two groups as nanoGPT's: tensors of two or more dimensions, then the rest."""
         self._names = {id(p): name for name, p in module.named_parameters()}
-        regularized, params = self._regularized_in(module), list(module.parameters())
+        params = [p for p in module.parameters() if p.requires_grad or p.dtype in FLOATS]
+        regularized = self._regularized_in(module)
         matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
-        # the mark is that of state-space models
         flags = [p in regularized and not hasattr(p, '_no_weight_decay') for p in matrices]
         vectors = {'params': vectors, 'regularize': False, 'weight_decay': 0.0}
         return [{'params': matrices, 'regularize': flags}, vectors]
@@ -84,20 +80,27 @@ class NormAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         params, flags = group['params'], group.get('regularize')
-        if flags is None:
-            flags = [not no_decay and p.dim() >= 2 for p in params]
-        flags = list(flags) if isinstance(flags, Sequence) else [bool(flags)] * len(params)
-        group['regularize'] = flags[0] if len(set(flags)) == 1 else flags  # one is easier to read
-        self._names.update(zip(map(id, params), group.get('param_names', ()), strict=False))
         try:
+            if flags is None:
+                flags = [not no_decay and p.dim() >= 2 for p in params]
+            elif not isinstance(flags, Sequence):
+                flags = [bool(flags)] * len(params)
+            group['regularize'] = flags[0] if len({*flags}) == 1 else [*flags]  # easier to read
             check(len(flags) == len(params), f'{len(flags)} flags in regularize for {len(params)}')
-            self._check_group(group)
+            group['betas'] = tuple(group['betas'])
+            self.check_group(group)
         except Exception:
             self.param_groups.pop()
             raise
-        self._buckets = None
+        self._names.update(zip(map(id, params), group.get('param_names', ()), strict=False))
+        self._drop_buckets()
 
-    def _check_group(self, group):
+    def check_group(self, group):
+        """Raise ValueError for an option out of range or a parameter that cannot be updated."""
+        lr, betas, eps = group['lr'], group['betas'], group['eps']
+        check(lr.numel() == 1 if torch.is_tensor(lr) else lr >= 0, f'lr={lr}: one number >= 0')
+        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), f'betas={betas}: two in [0, 1)')
+        check(eps >= 0 and group['weight_decay'] >= 0, f'eps={eps}, weight_decay must be >= 0')
         for p in group['params']:
             if p.layout is not torch.strided or p.dtype not in FLOATS:
                 name = self.name_of(p)
@@ -110,16 +113,24 @@ class NormAdam(Optimizer):
 
     def _current_buckets(self):
         """All buckets, with the gradients of this step; [] where there is no gradient."""
-        if self._buckets is None or any(b.is_stale() for b in self._buckets):
-            self._captured += [b for b in self._buckets or () if b.tensors.captured]
+        buckets = self._buckets or []
+        cleared = sum(sum(b.started) for b in buckets) > len(self.state)
+        if cleared or any(b.tensors.have_moved(b.params) for b in buckets):
+            self._drop_buckets()
+        if self._buckets is None:
             self._buckets = make_buckets(self)
         with_grads = [b.set_grads() for b in self._buckets]
         return self._buckets if any(with_grads) else []
 
-    def decide(self, b):
-        """d_j and shift_j (None: 0) of a bucket's tensors, (n,) each, from b.R and b.state.
+    def _drop_buckets(self):
+        """Make new buckets in the next step. What a CUDA graph reads of the old ones is kept."""
+        self._captured += [b for b in self._buckets or () if b.tensors.captured]
+        self._buckets = None
 
-        Where b.active is False it must change no state, and what it returns is not used.
+    def decide(self, b):
+        """d_j and shift_j (None: 0) of a bucket's tensors, (n,) or 0-d, from b.R and b.state.
+
+        Where b.active is False it must not change the state; what it returns is not used.
         """
         raise NotImplementedError
 
@@ -143,17 +154,17 @@ class NormAdam(Optimizer):
         grad_coef, proceed = self._clip(buckets)
         for b in buckets:
             b.begin(grad_coef, proceed)
+            b.coefficients[:, :2].zero_()  # d_j and shift_j
         if before:
-            self._correct(buckets)
+            self._decide(buckets)
         for b in buckets:
             b.kernels.adam_(b.tensors, b.coefficients, b.hyper, b.proceed)
         if not before:
             for b in buckets:
                 b.measure(R=True)
-            self._correct(buckets)
+            self._decide(buckets)
             for b in buckets:
                 b.kernels.correct_(b.tensors, b.coefficients, b.proceed)
-                b.coefficients[:, :2].zero_()  # in this order `adam_` corrects nothing
         for b in buckets:
             b.tensors.grads = ()  # else they live until the next step
         return loss
@@ -161,9 +172,10 @@ class NormAdam(Optimizer):
     def _clip(self, buckets):
         """What the gradients are multiplied with, and whether the step goes ahead: 0-d each."""
         device, scale = buckets[0].device, getattr(self, 'grad_scale', None)
-        grad_coef = torch.ones((), dtype=torch.float32, device=device)
+        grad_coef, proceed = (
+            torch.ones((), dtype=t, device=device) for t in (FLOATS[0], torch.bool)
+        )
         grad_coef = grad_coef if scale is None else grad_coef / scale.to(device)
-        proceed = torch.ones((), dtype=torch.bool, device=device)
         for b in buckets:
             if b.found_inf is not None:
                 proceed = proceed & (b.found_inf.to(device) == 0)
@@ -177,7 +189,7 @@ class NormAdam(Optimizer):
         self.skipped_steps += ~proceed
         return grad_coef, proceed
 
-    def _correct(self, buckets):
+    def _decide(self, buckets):
         """Fill in d_j and shift_j of the tensors that this step corrects."""
         for b in buckets:
             if any(b.regularize):
@@ -191,24 +203,18 @@ class NormAdam(Optimizer):
         return bool(self.max_grad_norm)  # else GradScaler unscales, and others may clip after it
 
     def __getstate__(self):
-        names = 'order max_grad_norm impl grad_norm skipped_steps scope reg_embedding'.split()
-        own = {name: x for name, x in vars(self).items() if name in names}
-        return {**super().__getstate__(), **own, '_names': {}}
+        left_out = {'_names': {}, '_buckets': None, '_captured': []}
+        public = {name: x for name, x in vars(self).items() if name[0] != '_'}
+        return {**super().__getstate__(), **public, **left_out}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._buckets, self._captured = None, []
+        self._drop_buckets()
 
     def load_state_dict(self, state_dict):
         """As torch.optim's; but a state keeps its dtype, and an option that is not saved stays."""
-        saved = SavedState(self)
-        handles = [self.register_load_state_dict_pre_hook(saved.check)]
-        handles += [self.register_load_state_dict_post_hook(saved.restore, prepend=True)]
-        try:
+        with SavedState(self):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class AdamW(NormAdam):
@@ -221,13 +227,12 @@ class AdamW(NormAdam):
         lr, betas, eps: Adam's; lr is a number or a one-element tensor.
         weight_decay: per step and unit of learning rate.
         max_grad_norm, impl: see NormAdam.
-    All three raise ValueError for an argument out of range.
+    All three raise ValueError for an argument out of range, TypeError for an unknown one.
     """
 
     needs_R = False
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, **common):
-        check(weight_decay >= 0, f'weight_decay={weight_decay} must be >= 0')
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults, order='before', **common)
 
@@ -251,6 +256,7 @@ class AdamCPR(NormAdam):
         reg_function: R. 'l2': sum theta^2, 'l1': sum abs(theta), 'std': sample standard deviation,
             'huber': sum(theta^2 / 2 where abs(theta) < 1, else abs(theta) - 1/2).
         kappa_update: mu, how fast lambda follows; for 'std' not divided by n_j.
+        reg_step_size, reg_ema_decay: of Kappa-IP, see slows_down.
         reg_by_lr: multiply the correction by the learning rate.
         order: 'before' (the paper's Algorithm 1) or 'after' (pytorch-cpr) the Adam update.
     State of a regularized tensor besides Adam's, 0-d each: kappa (nan until set), kappa_set, lagmul
@@ -282,8 +288,8 @@ class AdamCPR(NormAdam):
         defaults.update(reg_step_size=reg_step_size, reg_ema_decay=reg_ema_decay)
         super().__init__(params, defaults, order=order, **common)
 
-    def _check_group(self, group):
-        super()._check_group(group)
+    def check_group(self, group):
+        super().check_group(group)
         method, param = group['kappa_init_method'], group['kappa_init_param']
         mu, every, decay = (group[k] for k in ('kappa_update', 'reg_step_size', 'reg_ema_decay'))
         check(method in KAPPA_INIT_METHODS, f"kappa_init_method='{method}': {KAPPA_INIT_METHODS}")
@@ -298,8 +304,7 @@ class AdamCPR(NormAdam):
         out = {p for name, p in named if name.rpartition('.')[2] == 'bias'}
         out |= {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
         if not self.reg_embedding:
-            embeddings = nn.Embedding, nn.EmbeddingBag
-            out |= {m.weight for m in module.modules() if isinstance(m, embeddings)}
+            out |= {m.weight for m in module.modules() if isinstance(m, EMBEDDINGS)}
         return super()._regularized_in(module) - out
 
     def init_state(self, b):
@@ -315,28 +320,24 @@ class AdamCPR(NormAdam):
 
     def decide(self, b):
         group, R, kappa, lagmul = b.group, b.R, b.state['kappa'], b.state['lagmul']
-        kappa_set, method, mu = (
-            b.state['kappa_set'],
-            group['kappa_init_method'],
-            group['kappa_update'],
-        )
-        std = group['reg_function'] == 'std'
+        kappa_set, std = b.state['kappa_set'], group['reg_function'] == 'std'
+        bounded, method = b.active & kappa_set, group['kappa_init_method']
 
-        # kappa_j <- R_j when it is due (section 4.2). In order 'before' R stems from the last step.
+        # kappa_j <- R_j when it is due (section 4.2): a bound from the next step on
         if method in ('warm_start', 'inflection_point'):
-            warm = group['kappa_init_param'] + (self.order == 'before')
-            due = b.state['step'] >= warm if method == 'warm_start' else self.slows_down(b)
-            due = due & b.active & ~kappa_set
+            # the step that R stems from is in order 'before' the last one
+            warm = b.state['step'] >= group['kappa_init_param'] + (self.order == 'before')
+            due = b.active & ~kappa_set & (warm if method == 'warm_start' else self.slows_down(b))
             kappa.copy_(torch.where(due, R, kappa))
             kappa_set |= due
 
         # lambda_j <- max(0, lambda_j + mu / n_j * (R_j - kappa_j))   (Algorithm 1, line 6)
-        excess, bound = (R - kappa) if std else (R - kappa) / b.numel, b.active & kappa_set
-        lagmul.copy_(torch.where(bound, (lagmul + mu * excess).clamp(min=0), lagmul))
+        excess = (R - kappa) if std else (R - kappa) / b.numel
+        raised = (lagmul + group['kappa_update'] * excess).clamp(min=0)
+        lagmul.copy_(torch.where(bounded, raised, lagmul))
 
         # theta_j <- theta_j - lambda_j * grad R_j(theta_j)           (line 7)
-        decay = torch.where(bound, lagmul, 0.0)
-        decay = decay * b.lr if group['reg_by_lr'] else decay
+        decay = torch.where(bounded, lagmul, 0.0) * (b.lr if group['reg_by_lr'] else 1)
         if std:  # its gradient is (theta - mean) / ((n - 1) * std)
             decay = torch.where(R > 0, decay / ((b.numel - 1) * R), 0.0)
         elif group['reg_function'] == 'l2':
@@ -350,14 +351,13 @@ class AdamCPR(NormAdam):
         reg_step_size steps. At the inflection a positive growth is larger than the one after it, by
         more than float32 rounding explains. The fourth look is the first that can find it.
         """
-        step, every, decay = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
+        step, every, beta = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
         ema, error, last, growth = (b.state['ema' + x] for x in ('', '_error', '_last', '_growth'))
         # ema + alpha * (R - ema) is the corrected average itself; `error` keeps what float32 drops
-        alpha, average = (1 - decay) / (1 - decay ** step.to(b.R)), ema.to(b.R) + error
+        alpha, average = (1 - beta) / (1 - beta ** step.to(b.R)), ema.to(b.R) + error
         average = torch.where(ema.isnan(), b.R, average + alpha * (b.R - average))
         ema.copy_(torch.where(b.active, average, ema))
         error.copy_(torch.where(b.active, average - ema, error))
-
         look = b.active & (step % every == 0)
         grown = ema - last  # nan at the first look: no comparison with it holds
         rounding = 16 * torch.finfo(torch.float32).eps * ema.abs()
@@ -376,10 +376,10 @@ class AdamWN(NormAdam):
         params: as AdamW's. Tensors of two or more dimensions are controlled.
         rate: k in [0, 1], the share of the way to the target that a step goes.
         ratio: r. `set_ratios` gives tensors ratios of their own. norm: the target itself instead.
-        ramp: in [0, 1], how far from the norm at the start to there the target is now. A schedule
-            sets group['ramp'], or group['ratio'], as it sets group['lr'].
         scope: 'tensor' steers every tensor by its own norm, 'global' all by their joint norm.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
+    A schedule sets group['ramp'] in [0, 1], as it sets group['lr']: how far from the norm at the
+    start to the target the norm is to be now.
     State of a controlled tensor besides Adam's, 0-d each: init_norm, and ratio (nan: the group's).
     """
 
@@ -393,7 +393,6 @@ class AdamWN(NormAdam):
         rate=1e-2,
         ratio=1.0,
         norm=None,
-        ramp=1.0,
         scope='tensor',
         order='after',
         **common,
@@ -401,22 +400,24 @@ class AdamWN(NormAdam):
         check(scope in ('tensor', 'global'), f"scope='{scope}' must be 'tensor' or 'global'")
         self.scope = scope
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0)
-        defaults.update(rate=rate, ratio=ratio, norm=norm, ramp=ramp)
+        defaults.update(rate=rate, ratio=ratio, norm=norm, ramp=1.0)
         super().__init__(params, defaults, order=order, **common)
 
-    def _check_group(self, group):
-        super()._check_group(group)
+    def check_group(self, group):
+        super().check_group(group)
         for name in ('rate', 'ratio', 'norm', 'ramp'):
             x, most = group[name], 1 if name in ('rate', 'ramp') else math.inf
             check(x is None or 0 <= x <= most, f'{name}={x} must be one number in [0, {most}]')
 
     def set_ratios(self, ratios):
         """Give the tensors in {parameter: r} that ratio, and all others their group's."""
+        params = {p for group in self.param_groups for p in group['params']}
+        check(self.scope == 'tensor' and params >= {*ratios}, 'ratios: of parameters, one by one')
         for state in self.state.values():
             state.pop('ratio', None)
         for p, ratio in ratios.items():
             self.state[p]['ratio'] = torch.tensor(ratio)
-        self._buckets = None
+        self._drop_buckets()
 
     def init_state(self, b):
         if b.group['norm'] is None:

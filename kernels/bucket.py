@@ -7,54 +7,55 @@ import warnings
 import torch
 
 from kernels import dtensor, plain
-from kernels.tensors import as_laid_out, is_dense
+from kernels.tensors import as_laid_out, is_capturing, is_dense, local, sum_dtype
 
 MOMENTS = ('exp_avg', 'exp_avg_sq')
 
 
 class Bucket:
-    """The n parameters of one group that share a device, a dtype and a device mesh.
+    """The n parameters of one group that share a device, a dtype and the processes of their shards.
 
-    state: {name: (n,) vector}. From a parameter's first gradient on, optimizer.state[p] holds views
-    of them, beside exp_avg and exp_avg_sq. R, mean: (n,), of each whole tensor as `measure` found
-    it. active: (n,) bool, the tensors that this step corrects.
+    Vectors are (n,), on the device. state: {name: vector}; from a parameter's first gradient on,
+    optimizer.state[p] shows views of them beside exp_avg and exp_avg_sq. R, mean: of whole tensors,
+    as `measure` found them. regularized, has_grad, active: bool; active: what this step corrects.
+    lr, proceed, grad_squares, found_inf: 0-d. coefficients, hyper: see plain.adam_. `regularize`
+    and `reg_function` of the group are read here alone, when the bucket is made.
     """
 
     def __init__(self, optimizer, group, members, kernels):
         self.optimizer, self.group, self.kernels = optimizer, group, kernels
-        self.states = optimizer.state
         self.params, self.regularize = zip(*members, strict=True)
         self.shard_groups = dtensor.shard_groups(self.params[0])
+        self.sharded = hasattr(self.params[0], 'device_mesh')
         self.tensors = kernels.Tensors(self.params, group.get('reg_function', 'l2'))
         self.tensors.set_grads([None] * len(members))
         self.device = self.tensors.device
         self.regularized = torch.tensor(self.regularize, dtype=torch.bool, device=self.device)
         self.coefficients = torch.zeros(len(members), 4, dtype=torch.float32, device=self.device)
         self.decay, self.shift, self.step_size, self.rsqrt_bias2 = self.coefficients.unbind(1)
-        numel, wide = [max(p.numel(), 1) for p in self.params], dtensor.total(self.decay).dtype
-        self.numel = torch.tensor(numel, dtype=wide, device=self.device)
+        numel, dtype = [max(p.numel(), 1) for p in self.params], sum_dtype(self.device)
+        self.numel = torch.tensor(numel, dtype=dtype, device=self.device)
         self.hyper = torch.zeros(6, dtype=torch.float32, device=self.device)
         self.grad_coef, self.lr = self.hyper[0], torch.zeros_like(self.hyper[0])
-        self.log_betas, self._adam = torch.zeros_like(self.hyper[:2, None]), None
+        self.log_betas, self._filled_for = torch.zeros_like(self.hyper[:2, None]), None
         self.has_grad, self._has_grad = None, None
         self.decides = optimizer.needs_R and any(self.regularize)
         self.measure(R=True)
         self.state = {'step': torch.zeros_like(self.decay)}
         self.state.update(optimizer.init_state(self) if any(self.regularize) else {})
+        saved = [optimizer.state.get(p, {}) for p in self.params]
         for name, fresh in self.state.items():
-            values = [
-                self.states.get(p, {}).get(name, x) for p, x in zip(self.params, fresh, strict=True)
-            ]
+            values = [state.get(name, x) for state, x in zip(saved, fresh, strict=True)]
             values = [torch.as_tensor(x).to(fresh).reshape(()) for x in values]
             self.state[name] = torch.stack(values)
         self.started = [False] * len(members)
-        for j, p in enumerate(self.params):
-            if 'exp_avg' in self.states.get(p, ()):
+        for j, state in enumerate(saved):
+            if 'exp_avg' in state:
                 self._start(j)
 
     def _start(self, j):
         """Give parameter j its moments and show its part of the vectors."""
-        p, state = self.params[j], self.states[self.params[j]]
+        p, state = self.params[j], self.optimizer.state[self.params[j]]
         for name in MOMENTS:
             x = state.get(name)
             x = torch.zeros_like(p, dtype=torch.float32) if x is None else x
@@ -68,33 +69,35 @@ class Bucket:
     def warn_of_zeros(self, consequence):
         """Warn of new tensors whose R is 0, which a bound or target relative to it would crush."""
         for p, flag, zero in zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True):
-            if flag and zero and p.numel() and not self.states.get(p):
+            if flag and zero and p.numel() and not self.optimizer.state.get(p):
                 name = self.optimizer.name_of(p)
                 warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
-
-    def is_stale(self):
-        """Whether the optimizer's state was replaced or cleared, or a parameter has moved."""
-        states = self.optimizer.state
-        replaced = self.states is not states or sum(self.started) > len(states)
-        return replaced or self.tensors.have_moved(self.params)
 
     def set_grads(self):
         """Take the gradients of this step; start the parameters that have their first. Any?"""
         grads = [p.grad for p in self.params]
+        has_grad = [grad is not None for grad in grads]
+        if has_grad != self._has_grad:
+            if is_capturing(self.device):
+                raise RuntimeError('before a capture, take a step with the same gradients')
+            mask = torch.tensor(has_grad, pin_memory=self.device.type == 'cuda')
+            self._has_grad, self.has_grad = has_grad, mask.to(self.device, non_blocking=True)
         for j, grad in enumerate(grads):
             if grad is not None and grad.layout is not torch.strided:
                 name = self.optimizer.name_of(self.params[j])
                 raise RuntimeError(f'{name} has a sparse gradient: make it dense')
             if grad is not None and not self.started[j]:
                 self._start(j)
+        if self.sharded:
+            pairs = zip(self.params, grads, strict=True)
+            grads = [g if g is None else dtensor.sharded_like(p, g) for p, g in pairs]
         self.tensors.set_grads(grads)
-        has_grad = [grad is not None for grad in grads]
-        if has_grad != self._has_grad:
-            self._has_grad, self.has_grad = has_grad, torch.tensor(has_grad, device=self.device)
+        if is_capturing(self.device):
+            self.tensors.captured.append(self.has_grad)
         return any(has_grad)
 
     def measure(self, grads=False, R=False):
-        """Find the gradients' sum of squares and R, of whole tensors: one all-reduce for shards."""
+        """Find the gradients' sum of squares and R, of whole tensors: one all-reduce."""
         sums, found_inf = {}, getattr(self.optimizer, 'found_inf', None)  # GradScaler sets it
         if grads and found_inf is not None:
             sums['found_inf'] = found_inf.to(self.numel).reshape(())
@@ -116,27 +119,27 @@ class Bucket:
     def begin(self, grad_coef, proceed):
         """Count the step where it goes ahead, and fill in all that Adam's pass needs but d_j."""
         lr, betas, eps = (self.group[name] for name in ('lr', 'betas', 'eps'))
-        if (betas, eps) != self._adam:
-            self._adam = betas, eps
+        if (betas, eps) != self._filled_for:
+            self._filled_for = betas, eps
             values = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
             for place, value in zip(self.hyper[1:], values, strict=True):
                 place.fill_(value)
             for place, beta in zip(self.log_betas, betas, strict=True):
                 place.fill_(math.log(beta) if beta else -math.inf)
-        self.lr.copy_(lr.reshape(())) if torch.is_tensor(lr) else self.lr.fill_(lr)
+        self.lr.fill_(lr.reshape(()) if torch.is_tensor(lr) else lr)
         self.grad_coef.copy_(grad_coef)
         self.proceed = proceed.to(self.device)
 
         moves, step = self.has_grad & self.proceed, self.state['step']
         step += moves
-        self.active = self.regularized & moves & self.lr.bool()  # a step at lr = 0 makes states
-        corrections = torch.expm1(step * self.log_betas).neg_()  # 1 - beta^t
-        torch.div(self.lr, corrections[0], out=self.step_size)
-        torch.rsqrt(corrections[1], out=self.rsqrt_bias2)
+        self.active = self.regularized & moves & self.lr.bool()  # lr = 0 decides nothing
+        bias_corrections = torch.expm1(step * self.log_betas).neg_()  # 1 - beta^t
+        torch.div(self.lr, bias_corrections[0], out=self.step_size)
+        torch.rsqrt(bias_corrections[1], out=self.rsqrt_bias2)
 
 
 def make_buckets(optimizer):
-    """The buckets of an optimizer's parameters. A parameter belongs to one for good."""
+    """The buckets of an optimizer's parameters."""
     buckets = []
     for group in optimizer.param_groups:
         flags, together = group['regularize'], {}
@@ -150,7 +153,7 @@ def make_buckets(optimizer):
 
 def kernels_for(parameter, optimizer):
     """The module of kernels/ that updates a parameter. Raises ValueError where `impl` cannot."""
-    p, impl, auto = dtensor.local(parameter), optimizer.impl, optimizer.impl == 'auto'
+    p, impl, auto = local(parameter), optimizer.impl, optimizer.impl == 'auto'
     float32_on_cpu = p.is_cpu and p.dtype == torch.float32
     if auto:
         impl = 'triton' if p.is_cuda else 'numba' if float32_on_cpu else 'torch'
@@ -172,32 +175,45 @@ class SavedState:
     """A state that an optimizer is about to load, possibly from another optimizer or package."""
 
     def __init__(self, optimizer):
-        self.kind, self.groups, self.of = type(optimizer).__name__, optimizer.param_groups, {}
+        self.optimizer, self.groups, self.states = optimizer, optimizer.param_groups, {}
+
+    def __enter__(self):
+        self.hooks = [
+            self.optimizer.register_load_state_dict_pre_hook(self.check),
+            self.optimizer.register_load_state_dict_post_hook(self.restore, prepend=True),
+        ]
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
 
     def check(self, _, state_dict):
         """Raise ValueError where it does not fit; else complete its groups by the optimizer's."""
-        groups = state_dict['param_groups']
+        groups, kind = state_dict['param_groups'], type(self.optimizer).__name__
         for name in ('maximize', 'amsgrad'):
             found = any(group.get(name) for group in groups)
-            check(
-                not found, f'the state was saved with {name}=True, which {self.kind} does not have'
-            )
+            check(not found, f'the state was saved with {name}=True, which {kind} does not have')
         if [len(g['params']) for g in groups] != [len(g['params']) for g in self.groups]:
             return  # torch says that they do not fit
         params, ids = ([x for g in gs for x in g['params']] for gs in (self.groups, groups))
         for p, i in zip(params, ids, strict=True):
-            self.of[p] = state = dict(state_dict['state'].get(i, {}))
+            self.states[p] = state = dict(state_dict['state'].get(i, {}))
             for name in MOMENTS if 'step' in state else ():
                 fits = name in state and state[name].shape == p.shape
                 check(fits, f'{name} of parameter {i} is missing or not of shape {tuple(p.shape)}')
-            if 'lagmul' in state and 'kappa_set' not in state:  # pytorch_cpr marks no bound by 1e6
-                state['kappa_set'] = state['kappa'] != 1e6
+            kappa = state.get('kappa')
+            if kappa is not None and 'kappa_set' not in state:
+                # pytorch_cpr marks no bound by 1e6 (Kappa-IP) and 0 (Kappa-WS)
+                state['kappa_set'] = (kappa != 1e6) & (kappa != 0)
         pairs = zip(self.groups, groups, strict=True)
-        return {**state_dict, 'param_groups': [{**mine, **its} for mine, its in pairs]}
+        groups = [{**mine, **its} for mine, its in pairs]
+        for group, mine in zip(groups, self.groups, strict=True):
+            self.optimizer.check_group({**group, 'params': mine['params']})
+        return {**state_dict, 'param_groups': groups}
 
     def restore(self, optimizer):
         """Set the tensors as they were saved: torch has rounded them to the parameter's dtype."""
-        for p, state in self.of.items():
+        for p, state in self.states.items():
             for name, x in state.items():
                 if torch.is_tensor(x):
                     x = x.detach().to(p.device, copy=True)

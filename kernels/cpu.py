@@ -25,7 +25,6 @@ try:
 except RuntimeError:  # no folder for compiled code can be written
     options['cache'] = False
 element = njit(**options, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for kernels to call
-options['fastmath'] = {*options['fastmath'], 'reassoc'}  # sum in vectors
 
 
 @intrinsic
@@ -69,15 +68,20 @@ def chunk_of(chunks, addresses, chunk, column):
     return carray(pointer(addresses[j, column] + 4 * start), size if addresses[j, column] else 0)
 
 
+@njit(**options | {'fastmath': {*options['fastmath'], 'reassoc'}})
+def sum_of(x, reg):
+    """A chunk's sums, in vectors: here alone, for every pass to find the same bits."""
+    terms, elements = ZERO, ZERO
+    for i in range(len(x)):
+        terms += reg_term(x[i], reg)
+        elements += x[i]
+    return terms, elements
+
+
 @njit(**options, nogil=True)
 def _sums(begin, end, chunks, addresses, column, reg, sums):
     for chunk in range(end - 1, begin - 1, -1):  # what is read last, `_adam` finds in the cache
-        x = chunk_of(chunks, addresses, chunk, column)
-        terms, elements = ZERO, ZERO
-        for i in range(len(x)):
-            terms += reg_term(x[i], reg)
-            elements += x[i]
-        sums[chunk, 0], sums[chunk, 1] = terms, elements
+        sums[chunk, 0], sums[chunk, 1] = sum_of(chunk_of(chunks, addresses, chunk, column), reg)
 
 
 @njit(**options, nogil=True)
@@ -91,16 +95,12 @@ def _adam(begin, end, chunks, addresses, coefficients, hyper, reg, sums):
         exp_avg_sq = chunk_of(chunks, addresses, chunk, 3)
         row = coefficients[chunks[chunk, 0]]
         d, shift, s, rsqrt_bias2 = row[0], row[1], row[2], row[3]
-        terms, elements = ZERO, ZERO
         for i in range(len(grad)):
             m, v, u = adam(hyper[0] * grad[i], exp_avg[i], exp_avg_sq[i], hyper, rsqrt_bias2)
-            new = corrected(theta[i], d, shift, reg) - s * u
-            theta[i] = new
+            theta[i] = corrected(theta[i], d, shift, reg) - s * u
             exp_avg[i] = m
             exp_avg_sq[i] = v
-            terms += reg_term(new, reg)
-            elements += new
-        sums[chunk, 0], sums[chunk, 1] = terms, elements
+        sums[chunk, 0], sums[chunk, 1] = sum_of(theta, reg)  # of what the cache still holds
 
 
 @njit(**options, nogil=True)
@@ -129,8 +129,7 @@ def adam_(t, coefficients, hyper, proceed):
     if proceed:
         numbers = tuple(hyper.numpy())  # scalars for Numba
         _run(_adam, t, coefficients.numpy(), numbers, REG[t.reg_function], t.sums.numpy())
-        t.mark_written()
-        t.mark_sums_current()
+        t.mark_written(summed=True)
 
 
 def correct_(t, coefficients, proceed):

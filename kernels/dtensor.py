@@ -2,10 +2,7 @@
 
 import torch
 
-
-def local(x):
-    """This process's shard of a DTensor; any other tensor as it is."""
-    return x.to_local() if hasattr(x, 'device_mesh') else x
+from kernels.tensors import local, sum_dtype
 
 
 def shard_groups(x):
@@ -14,13 +11,16 @@ def shard_groups(x):
     return tuple(x.device_mesh.get_group(i) for i, p in sharded if not p.is_replicate())
 
 
-def sharded_like(p, value):
-    """`value`, sharded as p is where p is a DTensor and value a whole tensor of its shape."""
-    if not hasattr(p, 'device_mesh') or hasattr(value, 'device_mesh') or value.shape != p.shape:
-        return value
+def sharded_like(p, x):
+    """x with the placements of p, a DTensor: cuts a whole tensor, adds up what is partial."""
+    placements = getattr(p, 'placements', None)
+    if x.shape != p.shape or getattr(x, 'placements', None) == placements:
+        return x
+    if hasattr(x, 'redistribute'):
+        return x.redistribute(p.device_mesh, placements)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return distribute_tensor(x, p.device_mesh, placements, src_data_rank=None)
 
 
 def all_reduce_(tensors, groups):
@@ -35,15 +35,12 @@ def all_reduce_(tensors, groups):
 
 def square_sums(tensors):
     """sum(x ** 2) of each whole tensor, (len(tensors),). Every process must call it."""
-    sums = torch.stack([total(local(x.detach()).float().square()) for x in tensors])
-    for groups in dict.fromkeys(map(shard_groups, tensors)):
-        members = [j for j, x in enumerate(tensors) if shard_groups(x) == groups]
+    squares = [local(x.detach()).float().square() for x in tensors]
+    sums = torch.stack([x.sum(dtype=sum_dtype(x.device)) for x in squares])
+    kinds = [shard_groups(x) for x in tensors]
+    for groups in dict.fromkeys(kinds):
+        members = [j for j, kind in enumerate(kinds) if kind == groups]
         shards = {'sums': sums[members]}
         all_reduce_(shards, groups)
         sums[members] = shards['sums']
     return sums
-
-
-def total(x):
-    """The sum of x, 0-d: in float64, where the device has that."""
-    return x.sum(dtype=torch.float32 if x.device.type == 'mps' else torch.float64)

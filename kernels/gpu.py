@@ -19,6 +19,7 @@ from triton.language import constexpr
 from kernels.tensors import Table as Tensors  # noqa: F401  (what these passes work on)
 
 WARPS = 8
+VEC = constexpr(4)  # elements a lane at a time, where addresses allow it
 LANES = constexpr(32 * WARPS)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: run on the CPU, slowly
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -57,52 +58,57 @@ def reg_term(theta, REG: constexpr):
     return term
 
 
-# ---- elements of a chunk, from `start` of their tensor on, VEC of them a lane at a time
+# ---- `size` elements of a tensor from `start` on, V of them a lane at a time
 
 
 @triton.jit
-def pointer(addresses, column: constexpr, start, DTYPE: constexpr, VEC: constexpr):
+def pointer(addresses, column: constexpr, start, DTYPE: constexpr, V: constexpr):
     """Where element `start` of theta, grad, exp_avg or exp_avg_sq lies."""
-    place = tl.load(addresses + column).to(tl.pointer_type(DTYPE)) + start
-    return tl.multiple_of(place, 16) if VEC > 1 else place
+    ptr = tl.load(addresses + column).to(tl.pointer_type(DTYPE)) + start
+    return tl.multiple_of(ptr, 16) if V > 1 else ptr
 
 
 @triton.jit
-def sum_of(addresses, column, start, size, DTYPE: constexpr, REG: constexpr, VEC: constexpr):
-    x_ = pointer(addresses, column, start, DTYPE, VEC)
-    terms, elements = tl.zeros([LANES * VEC], tl.float32), tl.zeros([LANES * VEC], tl.float32)
-    for k in range(0, size, LANES * VEC):
-        at = k + tl.arange(0, LANES * VEC)
-        x = tl.load(x_ + at, at // VEC < size // VEC, 0.0).to(tl.float32)
+def sum_span(addresses, column, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr):
+    """The sums of reg_term and of the elements.
+
+    `size` is a multiple of V: the mask is at < size, visibly the same for the V elements of a lane.
+    """
+    x_ptr = pointer(addresses, column, start, DTYPE, V)
+    terms, elements = tl.zeros([LANES * V], tl.float32), tl.zeros([LANES * V], tl.float32)
+    for k in range(0, size, LANES * V):
+        at = k + tl.arange(0, LANES * V)
+        mask = at // V < size // V
+        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
         terms += reg_term(x, REG)
         elements += x
     return tl.sum(terms), tl.sum(elements)
 
 
 @triton.jit
-def adam_of(
-    addresses, coefficients, hyper, start, size, DTYPE: constexpr, REG: constexpr, VEC: constexpr
+def adam_span(
+    addresses, coefficients, hyper, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr
 ):
-    theta_ = pointer(addresses, 0, start, DTYPE, VEC)
-    grad_ = pointer(addresses, 1, start, DTYPE, VEC)
-    exp_avg_ = pointer(addresses, 2, start, tl.float32, VEC)
-    exp_avg_sq_ = pointer(addresses, 3, start, tl.float32, VEC)
+    theta_ptr = pointer(addresses, 0, start, DTYPE, V)
+    grad_ptr = pointer(addresses, 1, start, DTYPE, V)
+    exp_avg_ptr = pointer(addresses, 2, start, tl.float32, V)
+    exp_avg_sq_ptr = pointer(addresses, 3, start, tl.float32, V)
     d, shift = tl.load(coefficients), tl.load(coefficients + 1)
     s, rsqrt_bias2 = tl.load(coefficients + 2), tl.load(coefficients + 3)
     grad_coef, beta1, rest1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
     beta2, rest2, eps = tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5)
-    terms, elements = tl.zeros([LANES * VEC], tl.float32), tl.zeros([LANES * VEC], tl.float32)
-    for k in range(0, size, LANES * VEC):
-        at = k + tl.arange(0, LANES * VEC)
-        mask = at // VEC < size // VEC
-        g = tl.load(grad_ + at, mask, 0.0).to(tl.float32) * grad_coef
-        m, v = tl.load(exp_avg_ + at, mask, 0.0), tl.load(exp_avg_sq_ + at, mask, 0.0)
-        theta = tl.load(theta_ + at, mask, 0.0).to(tl.float32)
+    terms, elements = tl.zeros([LANES * V], tl.float32), tl.zeros([LANES * V], tl.float32)
+    for k in range(0, size, LANES * V):
+        at = k + tl.arange(0, LANES * V)
+        mask = at // V < size // V
+        g = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32) * grad_coef
+        m, v = tl.load(exp_avg_ptr + at, mask, 0.0), tl.load(exp_avg_sq_ptr + at, mask, 0.0)
+        theta = tl.load(theta_ptr + at, mask, 0.0).to(tl.float32)
         m, v, u = adam(g, m, v, beta1, rest1, beta2, rest2, eps, rsqrt_bias2)
         theta = (corrected(theta, d, shift, REG) - s * u).to(DTYPE)
-        tl.store(theta_ + at, theta, mask)
-        tl.store(exp_avg_ + at, m, mask)
-        tl.store(exp_avg_sq_ + at, v, mask)
+        tl.store(theta_ptr + at, theta, mask)
+        tl.store(exp_avg_ptr + at, m, mask)
+        tl.store(exp_avg_sq_ptr + at, v, mask)
         theta = tl.where(mask, theta.to(tl.float32), 0.0)
         terms += reg_term(theta, REG)
         elements += theta
@@ -110,17 +116,25 @@ def adam_of(
 
 
 @triton.jit
-def correct(addresses, coefficients, start, size, DTYPE: constexpr, REG: constexpr, VEC: constexpr):
-    theta_ = pointer(addresses, 0, start, DTYPE, VEC)
+def correct_span(
+    addresses, coefficients, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr
+):
+    theta_ptr = pointer(addresses, 0, start, DTYPE, V)
     d, shift = tl.load(coefficients), tl.load(coefficients + 1)
-    for k in range(0, size, LANES * VEC):
-        at = k + tl.arange(0, LANES * VEC)
-        mask = at // VEC < size // VEC
-        theta = tl.load(theta_ + at, mask, 0.0).to(tl.float32)
-        tl.store(theta_ + at, corrected(theta, d, shift, REG).to(DTYPE), mask)
+    for k in range(0, size, LANES * V):
+        at = k + tl.arange(0, LANES * V)
+        mask = at // V < size // V
+        theta = tl.load(theta_ptr + at, mask, 0.0).to(tl.float32)
+        tl.store(theta_ptr + at, corrected(theta, d, shift, REG).to(DTYPE), mask)
 
 
 # ---- the kernels: a chunk a program
+
+
+@triton.jit
+def vector_size(addresses, size):
+    """How many elements go VEC a lane: none unless all addresses are multiples of 16."""
+    return tl.where(addresses % 16 == 0, size // VEC * VEC, 0)
 
 
 @triton.jit
@@ -132,49 +146,53 @@ def chunk_of(chunks, chunk):
 
 @triton.jit
 def _sums(chunks, addresses, sums, COLUMN: constexpr, DTYPE: constexpr, REG: constexpr):
+    """The sums of grad_squares or reg_sums in a chunk. 4 bytes an element (float32)."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # what is read last, `_adam` finds cached
     j, start, size = chunk_of(chunks, chunk)
     addresses += 4 * j
     address = tl.load(addresses + COLUMN)
     terms, elements = 0.0, 0.0
     if address != 0:
-        wide = tl.where(address % 16 == 0, size // 4 * 4, 0)
-        terms, elements = sum_of(addresses, COLUMN, start, wide, DTYPE, REG, 4)
-        if wide < size:
-            more = sum_of(addresses, COLUMN, start + wide, size - wide, DTYPE, REG, 1)
-            terms, elements = terms + more[0], elements + more[1]
+        head = vector_size(address, size)
+        terms, elements = sum_span(addresses, COLUMN, start, head, DTYPE, REG, VEC)
+        if head < size:
+            tail = sum_span(addresses, COLUMN, start + head, size - head, DTYPE, REG, 1)
+            terms, elements = terms + tail[0], elements + tail[1]
     tl.store(sums + 2 * chunk, terms)
     tl.store(sums + 2 * chunk + 1, elements)
 
 
 @triton.jit
 def _adam(chunks, addresses, coefficients, hyper, proceed, sums, DTYPE: constexpr, REG: constexpr):
+    """plain.adam_ for a chunk, and the sums of its new theta. 28 bytes an element (float32)."""
     chunk = tl.program_id(0)
     j, start, size = chunk_of(chunks, chunk)
     addresses += 4 * j
     coefficients += 4 * j
     grad = tl.load(addresses + 1)
     if tl.load(proceed) & (grad != 0):
-        together = tl.load(addresses) | grad | tl.load(addresses + 2) | tl.load(addresses + 3)
-        wide = tl.where(together % 16 == 0, size // 4 * 4, 0)
-        terms, elements = adam_of(addresses, coefficients, hyper, start, wide, DTYPE, REG, 4)
-        if wide < size:
-            start, size = start + wide, size - wide
-            more = adam_of(addresses, coefficients, hyper, start, size, DTYPE, REG, 1)
-            terms, elements = terms + more[0], elements + more[1]
+        any_of = tl.load(addresses) | grad | tl.load(addresses + 2) | tl.load(addresses + 3)
+        head = vector_size(any_of, size)
+        terms, elements = adam_span(addresses, coefficients, hyper, start, head, DTYPE, REG, VEC)
+        if head < size:
+            start, size = start + head, size - head
+            tail = adam_span(addresses, coefficients, hyper, start, size, DTYPE, REG, 1)
+            terms, elements = terms + tail[0], elements + tail[1]
         tl.store(sums + 2 * chunk, terms)
         tl.store(sums + 2 * chunk + 1, elements)
 
 
 @triton.jit
 def _correct(chunks, addresses, coefficients, proceed, DTYPE: constexpr, REG: constexpr):
-    j, start, size = chunk_of(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
+    """plain.correct_ for a chunk, where d is not 0. 8 bytes an element (float32)."""
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # what `_adam` wrote last is cached
+    j, start, size = chunk_of(chunks, chunk)
     addresses += 4 * j
     coefficients += 4 * j
     if tl.load(proceed) & (tl.load(coefficients) != 0):
-        wide = tl.where(tl.load(addresses) % 16 == 0, size // 4 * 4, 0)
-        correct(addresses, coefficients, start, wide, DTYPE, REG, 4)
-        correct(addresses, coefficients, start + wide, size - wide, DTYPE, REG, 1)
+        head = vector_size(tl.load(addresses), size)
+        correct_span(addresses, coefficients, start, head, DTYPE, REG, VEC)
+        correct_span(addresses, coefficients, start + head, size - head, DTYPE, REG, 1)
 
 
 @triton.jit
@@ -206,8 +224,7 @@ def reg_sums(t):
 
 def adam_(t, coefficients, hyper, proceed):
     _launch(_adam, t, coefficients, hyper, proceed, t.sums, REG=t.reg_function)
-    t.mark_written()
-    t.mark_sums_current()
+    t.mark_written(summed=True)
 
 
 def correct_(t, coefficients, proceed):

@@ -9,8 +9,7 @@ are rounded to nearest when they are stored. Nothing here waits for an accelerat
 
 import torch
 
-from kernels.dtensor import total
-from kernels.tensors import Tensors  # noqa: F401  (what these passes work on)
+from kernels.tensors import Tensors, sum_dtype  # noqa: F401  (Tensors: what passes work on)
 
 
 def grad_squares(t):
@@ -79,3 +78,7 @@ def reg_term(theta, reg_function):
         small = theta.abs().clamp(max=1)
         return small * (theta.abs() - small / 2)  # theta^2 / 2 below 1, abs(theta) - 1/2 above
     return theta.square()
+
+
+def total(x):
+    return x.sum(dtype=sum_dtype(x.device))

@@ -2,8 +2,6 @@
 
 import torch
 
-from kernels.dtensor import local
-
 CHUNK = 8192  # elements that a kernel works on at a time, and whose sums it leaves
 
 
@@ -12,19 +10,17 @@ class Tensors:
 
     params, grads, exp_avgs, exp_avg_sqs: lists, an entry a tensor. grads: None without a gradient
     in this step. exp_avgs, exp_avg_sqs: float32, None until set. reg_function: which R. numel: of
-    all tensors.
+    all tensors. captured: what CUDA graphs of a step read when they are replayed.
     """
-
-    captured = ()
 
     def __init__(self, params, reg_function='l2'):
         self.params, self.reg_function = [local(p.detach()) for p in params], reg_function
         self.device, self.numel = self.params[0].device, sum(p.numel() for p in self.params)
         self.grads, self.exp_avgs, self.exp_avg_sqs = ([None] * len(params) for _ in range(3))
-        self._addresses = [p.data_ptr() for p in self.params]
+        self._places, self.captured = [(p.data_ptr(), p.numel()) for p in self.params], []
 
     def have_moved(self, params):
-        return self._addresses != [local(p).data_ptr() for p in params]
+        return self._places != [(p.data_ptr(), p.numel()) for p in map(local, params)]
 
     def set_moments(self, j, exp_avg, exp_avg_sq):
         self.exp_avgs[j], self.exp_avg_sqs[j] = local(exp_avg), local(exp_avg_sq)
@@ -42,7 +38,7 @@ class Table(Tensors):
     chunks: (c, 3) int64. Each tensor is cut into chunks of CHUNK elements of its memory, the last
     one shorter and possibly empty: a chunk's tensor, where in it the chunk starts, and its size.
     first: (n + 1,) int64, a tensor's first chunk. sums, grad_sums: (c, 2) float32, a chunk's part
-    of reg_sums and of grad_squares. captured: memory that CUDA graphs read when they are replayed.
+    of reg_sums and of grad_squares.
     """
 
     def __init__(self, params, reg_function='l2'):
@@ -55,8 +51,9 @@ class Table(Tensors):
         self.chunks, self.first = (torch.tensor(x, device=self.device) for x in (chunks, first))
         sums = torch.zeros(2, len(chunks), 2, dtype=torch.float32, device=self.device)
         self.sums, self.grad_sums = sums.unbind()
-        self._rows = [[address, 0, 0, 0] for address in self._addresses]
-        self._uploaded, self._spare, self._versions, self.captured = False, None, None, []
+        self._rows = [[address, 0, 0, 0] for address, _ in self._places]
+        self._uploaded, self._spare = False, None
+        self._versions = [None] * len(params)
 
     def set_moments(self, j, exp_avg, exp_avg_sq):
         super().set_moments(j, exp_avg, exp_avg_sq)
@@ -69,10 +66,9 @@ class Table(Tensors):
             address = 0 if grad is None else grad.data_ptr()
             if row[1] != address:
                 row[1], self._uploaded = address, False
-        capturing = self.device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
         if not self._uploaded:
-            self._upload(capturing)
-        if capturing:
+            self._upload(is_capturing(self.device))
+        if is_capturing(self.device):
             self.captured.append(self.addresses)
 
     def _upload(self, capturing):
@@ -97,18 +93,37 @@ class Table(Tensors):
     def mark_sums_current(self):
         self._versions = [p._version for p in self.params]
 
-    def mark_written(self):
-        """Count the write of a kernel, for autograd and for `sums_are_current`."""
-        written = [p for p, g in zip(self.params, self.grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(written)
+    def mark_written(self, summed=False):
+        """Count a kernel's write of the tensors that have a gradient, summed by it or not."""
+        written = [j for j, g in enumerate(self.grads) if g is not None]
+        torch.autograd.graph.increment_version([self.params[j] for j in written])
+        for j in written if summed else ():
+            self._versions[j] = self.params[j]._version
+
+
+def local(x):
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return x.to_local() if hasattr(x, 'device_mesh') else x
+
+
+def is_capturing(device):
+    """Whether a CUDA graph records what is done on a device, instead of doing it."""
+    return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+
+
+def sum_dtype(device):
+    """The dtype of sums over whole tensors."""
+    return torch.float32 if device.type == 'mps' else torch.float64  # Metal has no float64
 
 
 def is_dense(x):
-    """Whether the elements of x fill its memory, each at a place of its own."""
+    """Whether the elements of x fill its memory without gaps or overlaps."""
     return x.is_contiguous() or x.stride() == torch.empty_like(x, device='meta').stride()
 
 
 def as_laid_out(p, x, dtype):
-    """x, or a copy of it in this dtype with the strides that p has."""
+    """x, or a copy of it in this dtype, on p's device and with p's strides."""
     same = x.stride() == p.stride() or x.is_contiguous() and p.is_contiguous()
-    return x if same and x.dtype == dtype else torch.empty_like(p, dtype=dtype).copy_(x)
+    if same and x.dtype == dtype and x.device == p.device:
+        return x
+    return torch.empty_like(p, dtype=dtype).copy_(x)
