@@ -80,6 +80,7 @@ class NormAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         params, flags = group['params'], group.get('regularize')
+        self._names.update(zip(map(id, params), group.get('param_names', ()), strict=False))
         try:
             if flags is None:
                 flags = [not no_decay and p.dim() >= 2 for p in params]
@@ -92,7 +93,6 @@ class NormAdam(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._names.update(zip(map(id, params), group.get('param_names', ()), strict=False))
         self._drop_buckets()
 
     def check_group(self, group):
@@ -115,7 +115,7 @@ class NormAdam(Optimizer):
         """All buckets, with the gradients of this step; [] where there is no gradient."""
         buckets = self._buckets or []
         cleared = sum(sum(b.started) for b in buckets) > len(self.state)
-        if cleared or any(b.tensors.have_moved(b.params) for b in buckets):
+        if cleared or any(b.is_outdated() for b in buckets):
             self._drop_buckets()
         if self._buckets is None:
             self._buckets = make_buckets(self)
@@ -416,7 +416,7 @@ class AdamWN(NormAdam):
         for state in self.state.values():
             state.pop('ratio', None)
         for p, ratio in ratios.items():
-            self.state[p]['ratio'] = torch.tensor(ratio)
+            self.state[p]['ratio'] = torch.tensor(ratio, dtype=torch.float32)
         self._drop_buckets()
 
     def init_state(self, b):

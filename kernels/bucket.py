@@ -69,9 +69,16 @@ class Bucket:
     def warn_of_zeros(self, consequence):
         """Warn of new tensors whose R is 0, which a bound or target relative to it would crush."""
         for p, flag, zero in zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True):
-            if flag and zero and p.numel() and not self.optimizer.state.get(p):
+            starts = p.grad is not None and not self.optimizer.state.get(p)
+            if flag and zero and starts and p.numel():
                 name = self.optimizer.name_of(p)
                 warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
+
+    def is_outdated(self):
+        """Whether a parameter has moved, or has its first gradient: its start is then now."""
+        waiting = (p for p, s in zip(self.params, self.started, strict=True) if not s)
+        starts = any(p.grad is not None for p in waiting) and not is_capturing(self.device)
+        return starts or self.tensors.have_moved(self.params)
 
     def set_grads(self):
         """Take the gradients of this step; start the parameters that have their first. Any?"""

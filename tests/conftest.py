@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: running one as its user would, and a small data set to run it on."""
+"""Fixtures for the tests of the scripts: run one as its user does, on a small data set."""
 
 import base64
 import os
@@ -13,15 +13,13 @@ import pytest
 import torch
 from hub import only_this_machine
 
+# set before triton, datasets or transformers are imported; the scripts' processes inherit it
 if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = (
-        '1'  # before anything imports triton: the kernels then run on the CPU
-    )
-os.environ['HF_HUB_OFFLINE'] = (
-    '1'  # before anything imports datasets or transformers; in the scripts' processes, too
-)
+    os.environ['TRITON_INTERPRET'] = '1'  # run the kernels on the CPU
+os.environ['HF_HUB_OFFLINE'] = '1'
 
-from data.prepare import CharTokenizer, write_dataset  # noqa: E402
+from data.tokenizers import CharTokenizer  # noqa: E402
+from data.writer import write_dataset  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the scripts are run from the checkout
@@ -47,7 +45,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for one another over a handful of elements cost more than the tests themselves."""
+    """Use one thread: on tiny tensors, waiting for the others costs more than the tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +59,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope='session')
 def interpreter_rounds_to_bfloat16():
-    """As GPUs do: to nearest, ties to even. Triton's interpreter cuts off."""
+    """Round to nearest, ties to even, as GPUs do. Triton's interpreter truncates."""
     if os.environ.get('TRITON_INTERPRET') != '1':
         return
     interpreter = pytest.importorskip('triton.runtime.interpreter')
@@ -69,9 +67,8 @@ def interpreter_rounds_to_bfloat16():
 
     def convert_float(data, source, target, rounding):
         if source.name == 'fp32' and target.name == 'bf16':
-            return (
-                torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.uint16).numpy()
-            )
+            rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
+            return rounded.view(torch.uint16).numpy()
         return convert(data, source, target, rounding)
 
     interpreter._convert_float = convert_float
@@ -84,13 +81,14 @@ class Outcome:
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script('train.py', '--key=value', ...) runs it in this process, so that nothing has to be imported again."""
+    """Return script('train.py', '--key=value', ...), which runs a script in this process.
+
+    A new process would spend seconds on imports.
+    """
+    changed = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE
 
     def run(name, *arguments):
-        handlers = {
-            s: signal.getsignal(s)
-            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE)
-        }
+        handlers = {number: signal.getsignal(number) for number in changed}
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         capsys.readouterr()
         status, names = 0, {}
@@ -109,7 +107,7 @@ def script(monkeypatch, capsys):
 
 @pytest.fixture(scope='session')
 def dataset(tmp_path_factory):
-    """A character data set with something to learn in it, sums written out; its folder."""
+    """Return the folder of a character data set of written-out sums, which a model can learn."""
     folder = tmp_path_factory.mktemp('data') / 'sums'
     sums = [f'{a}+{b}={a + b}\n' for a in range(50) for b in range(50)]
     tokenizer = CharTokenizer(sorted(set(''.join(sums))))
@@ -120,10 +118,12 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def bpe_file(tmp_path_factory):
-    """In place of GPT-2's vocabulary, which needs a download, one as large: all bytes and 50,000 pairs of them."""
+    """Return a vocabulary as large as GPT-2's, which would need a download.
+
+    It has all bytes and 50,000 pairs of bytes.
+    """
     path = tmp_path_factory.mktemp('bpe') / 'gpt2.tiktoken'
     tokens = [bytes([i]) for i in range(256)] + [bytes([i // 256, i % 256]) for i in range(50000)]
-    path.write_bytes(
-        b''.join(base64.b64encode(t) + b' %d\n' % rank for rank, t in enumerate(tokens))
-    )
+    lines = [base64.b64encode(token) + b' %d\n' % rank for rank, token in enumerate(tokens)]
+    path.write_bytes(b''.join(lines))
     return path

@@ -1,223 +1,252 @@
-"""The passes of kernels/plain.py, above all the branch that an accelerator takes, which here runs on the CPU."""
+"""The passes over memory: Numba's kernels beside plain PyTorch's, and what becomes of a process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.optimizers import VARIANTS, copies, gradient_steps, make, parameters, same_bits, train
+from helpers.passes import REGS, Problem, difference
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamW
 from kernels import plain
+from kernels.tensors import CHUNK
 
-SHAPES = [(1,), (7,), (33, 65), (1, 1), (257, 129), (0, 3)]
-
-
-def tensors(dtype=torch.float32):
-    return [torch.randn(shape).to(dtype) for shape in SHAPES]
-
-
-def run_adam(
-    steps, params, grads, exp_avgs, exp_avg_sqs, coef, proceed=True, lr=1e-2, on_cpu=True, **options
-):
-    """One pass. on_cpu=False: as on an accelerator. Returns R of what it wrote."""
-    t = plain.Tensors(params, exp_avgs, exp_avg_sqs)
-    t.on_cpu = on_cpu
-    t.take(grads)
-    plain.adam_(
-        t,
-        steps,
-        torch.linspace(0.0, 0.5, len(params)),
-        lr=lr,
-        beta1=0.9,
-        beta2=0.95,
-        eps=1e-8,
-        grad_coef=torch.tensor(coef),
-        proceed=torch.tensor(proceed),
-        order='before',
-        sums=len(params),
-        **options,
-    )
-    return t.R(slice(0, len(params)))
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = [1, 0, 7, 33, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 17]
+WEIGHT_AND_STATE = 3e-6  # a few roundings of float32
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('coef', [1.0, 0.3])
-@pytest.mark.parametrize('lr', [1e-2, 0.0])
-def test_the_branch_for_accelerators_computes_what_the_cpus_does(dtype, coef, lr):
-    torch.manual_seed(0)
-    params, grads = tensors(dtype), tensors(dtype)
-    exp_avgs, exp_avg_sqs = tensors(), [x.square() for x in tensors()]
-    ours = [[x.clone() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs)]
-    theirs = [[x.clone() for x in xs] for xs in (params, grads, exp_avgs, exp_avg_sqs)]
-    steps = torch.arange(1.0, len(params) + 1)
-    a = run_adam(steps, *ours, coef, lr=lr)
-    b = run_adam(steps, *theirs, coef, lr=lr, on_cpu=False)
-    for xs, ys in zip(ours, theirs, strict=True):
-        for x, y in zip(xs, ys, strict=True):
-            torch.testing.assert_close(
-                x, y, rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6
-            )
-    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)
-    assert all(torch.equal(x, y) for x, y in zip(theirs[1], grads, strict=True)), (
-        'gradients are not to be written'
-    )
+@pytest.fixture
+def cpu():
+    return pytest.importorskip('kernels.cpu', reason='no Numba')
 
 
-@pytest.mark.parametrize('on_cpu', [True, False])
-def test_a_skipped_pass_changes_nothing(on_cpu):
-    torch.manual_seed(0)
-    before = [
-        tensors(),
-        [torch.full(s, float('nan')) for s in SHAPES],
-        tensors(),
-        [x.square() for x in tensors()],
-    ]
-    after = [[x.clone() for x in xs] for xs in before]
-    run_adam(torch.ones(len(SHAPES)), *after, 0.5, proceed=False, on_cpu=on_cpu)
-    for i in (0, 2, 3):
-        assert all(torch.equal(x, y) for x, y in zip(before[i], after[i], strict=True))
+# ---- pass by pass
 
 
-@pytest.mark.parametrize('reg_function', ['l2', 'l1', 'std', 'huber'])
-def test_a_correction_rounded_at_random_is_the_same_on_an_accelerator(reg_function):
-    torch.manual_seed(0)
-    start, results = tensors(torch.bfloat16), []
-    decay = torch.tensor(
-        [
-            0.0 if i == 2 else 1e-3 * (x.numel() if reg_function == 'std' else 1)
-            for i, x in enumerate(start)
+@pytest.mark.parametrize('reg', REGS)
+@pytest.mark.parametrize('offset, missing', [(0, ()), (1, ()), (3, (0, 4, 8))])
+def test_numba_updates_what_plain_torch_does(cpu, reg, offset, missing):
+    ours, theirs = (Problem(k, SIZES, reg, offset=offset, missing=missing) for k in (cpu, plain))
+    before = [x.clone() for x in ours.tensors]
+    for _ in range(2):
+        for problem in (ours, theirs):
+            problem.adam_()
+        assert difference(ours.tensors, theirs.tensors) < WEIGHT_AND_STATE
+        for problem in (ours, theirs):
+            problem.correct_()
+        assert difference(ours.t.params, theirs.t.params) < WEIGHT_AND_STATE
+    n = len(SIZES)
+    for j, size in enumerate(SIZES):
+        unchanged = [torch.equal(ours.tensors[i], before[i]) for i in (j, j + n, j + 2 * n)]
+        assert unchanged == [j in missing or size == 0] * 3
+
+
+@pytest.mark.parametrize('reg', REGS)
+@pytest.mark.parametrize('offset, missing', [(0, ()), (1, (0, 4, 8))])
+def test_numba_sums_what_plain_torch_does(cpu, reg, offset, missing):
+    ours, theirs = (Problem(k, SIZES, reg, offset=offset, missing=missing) for k in (cpu, plain))
+    for step in (lambda problem: None, Problem.adam_, Problem.correct_):
+        for problem in (ours, theirs):
+            step(problem)
+        squares = ours.grad_squares()
+        torch.testing.assert_close(squares, theirs.grad_squares(), rtol=1e-6, atol=0)
+        assert [bool(s == 0) for s in squares] == [
+            j in missing or n == 0 for j, n in enumerate(SIZES)
         ]
-    )
-    for on_cpu in (True, False):
-        t = plain.Tensors([x.clone() for x in start], tensors(), tensors(), reg_function)
-        t.on_cpu = on_cpu
-        plain.correct_(t, slice(0, len(start)), decay, torch.arange(1.0, len(start) + 1), seed=3)
-        results.append(t.params)
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-    assert torch.equal(start[2], results[0][2]) and not torch.equal(start[4], results[0][4])
+        assert squares.dtype == torch.float64
+        # what cancels in the sum of elements does not in that of their sizes
+        for a, b in zip(ours.reg_sums(), theirs.reg_sums(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-3)
 
 
-@pytest.mark.parametrize('size', [8, 100])  # below and above what shares a call with others
-def test_moments_of_any_strides_and_precision_are_updated(size):
-    torch.manual_seed(0)
-    theta, grad, exp_avg, exp_avg_sq = (torch.rand(size, size) for _ in range(4))
-    plain_ones = [[x.clone()] for x in (theta, grad, exp_avg, exp_avg_sq)]
-    odd_ones = [[theta.clone()], [grad.clone()], [exp_avg.t().clone().t()], [exp_avg_sq.bfloat16()]]
-    for tensors_ in (plain_ones, odd_ones):
-        run_adam(torch.ones(1), *tensors_, 0.5)
-    assert torch.equal(plain_ones[2][0], odd_ones[2][0]) and not torch.equal(
-        odd_ones[2][0], exp_avg
-    )
-    torch.testing.assert_close(plain_ones[3][0], odd_ones[3][0].float(), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(plain_ones[0][0], odd_ones[0][0], rtol=1e-2, atol=1e-3)
+@pytest.mark.parametrize('kernels', ['plain', 'cpu'])
+def test_a_step_that_does_not_proceed_writes_nothing(kernels):
+    kernels = pytest.importorskip(f'kernels.{kernels}')
+    problem = Problem(kernels, SIZES)
+    problem.t.set_grads([torch.full_like(p, float('nan')) for p in problem.t.params])
+    problem.proceed = torch.tensor(False)
+    before = [x.clone() for x in problem.tensors]
+    problem.adam_()
+    problem.correct_()
+    assert same_bits(before, problem.tensors)
 
 
-@pytest.mark.parametrize('threads', [1, 3])  # a piece is as long as they are many
-def test_squares_are_those_of_what_was_written_to_the_last_bit(threads):
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    piece = threads * plain.PIECE
-    for dtype in (torch.float32, torch.bfloat16):
-        params = [torch.randn(n).to(dtype) for n in (1, 4096, piece, piece + 1, 3 * piece - 5)]
-        moments = [[torch.rand(p.shape) for p in params] for _ in range(2)]
-        squares = run_adam(
-            torch.ones(5), params, [torch.randn(p.shape) for p in params], *moments, 0.7
-        )
-        assert torch.equal(squares, plain.regularizer(params, 'l2'))
-        exact = torch.stack([p.double().square().sum() for p in params])
-        torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
+@pytest.mark.parametrize('reg', REGS)
+def test_the_sums_kept_from_an_update_are_those_of_reading_the_weights_to_the_last_bit(cpu, reg):
+    """A resumed run, which reads them, decides what the run that was never stopped does."""
+    sizes = [*range(70), 100, 1000, *SIZES]
+    ours = Problem(cpu, sizes, reg)
+    ours.adam_()
+    anew = cpu.Tensors(ours.t.params, reg)
+    anew.set_grads([None] * len(sizes))
+    assert torch.equal(ours.reg_sums(), cpu.reg_sums(anew))
 
 
-def test_pieces_kept_from_the_last_step_are_those_of_the_memory_it_is_now(monkeypatch):
-    """Weights and moments that get other memory between steps, and another number of threads."""
-    monkeypatch.setattr(plain, 'PIECE', 64)
-    runs = []
-    for anew in (False, True):
-        torch.manual_seed(0)
-        params, exp_avgs, exp_avg_sqs = tensors(), tensors(), [x.square() for x in tensors()]
-        t = plain.Tensors(params, exp_avgs, exp_avg_sqs)
-        for step in range(1, 7):
-            if step == 2:
-                for x in (*params, *exp_avgs):
-                    x.data = x.clone() + 1
-            if step == 3:
-                exp_avg_sqs[2].data = exp_avg_sqs[2].t().contiguous().t()  # of other strides
-            if step == 6:
-                exp_avgs[4].data = (
-                    exp_avgs[4].view(129, 257).t()
-                )  # of other strides in the same memory
-            torch.set_num_threads(2 if step == 4 else 1)
-            t = plain.Tensors(params, exp_avgs, exp_avg_sqs) if anew else t
-            t.take(tensors())
-            plain.adam_(
-                t,
-                torch.full((len(params),), float(step)),
-                torch.zeros(len(params)),
-                lr=1e-2,
-                beta1=0.9,
-                beta2=0.95,
-                eps=1e-8,
-                grad_coef=torch.tensor(0.5),
-                proceed=torch.tensor(True),
-                order='before',
-                sums=3,
-            )
-        runs.append((*params, *exp_avgs, *exp_avg_sqs, t.squares))
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+def test_elements_beyond_2_to_the_31_are_found(cpu):
+    """One chunk of a tensor of 2 ** 33 elements of which no other exists: the table says that the
+    tensor starts as far before the chunk."""
+    ours, whole = Problem(cpu, [CHUNK]), Problem(cpu, [CHUNK])
+    start = 1 << 33
+    ours.t.chunks[:, 1] += start
+    ours.t.addresses -= 4 * start
+    for problem in (ours, whole):
+        problem.adam_()
+    assert same_bits(ours.tensors, whole.tensors)
+    assert torch.equal(ours.grad_squares(), whole.grad_squares())
 
 
-def test_sums_over_many_elements_keep_their_digits():
-    x = torch.rand(20_000_001)
+@pytest.mark.parametrize('kernels', ['plain', 'cpu'])
+def test_sums_over_many_elements_keep_their_digits(kernels):
+    kernels = pytest.importorskip(f'kernels.{kernels}')
+    x = torch.rand(10_000_001)
     exact = x.double().square().sum().item()
-    assert plain.regularizer([x], 'l2').item() == pytest.approx(exact, rel=1e-6)
-    gradients = plain.Tensors([x], None, None)
-    gradients.take([x])
-    assert plain.sum_of_squares(gradients).item() == pytest.approx(exact, rel=1e-6)
+    t = kernels.Tensors([x])
+    t.set_grads([x])
+    assert kernels.grad_squares(t).item() == pytest.approx(exact, rel=1e-6)
+    assert kernels.reg_sums(t)[0].item() == pytest.approx(exact, rel=1e-6)
+    assert kernels.reg_sums(t)[1].item() == pytest.approx(x.double().sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda params, **kw: AdamW(params, weight_decay=0.1, **kw),
-        lambda params, **kw: AdamCPR(
-            params, kappa_init_method='dependent', kappa_init_param=0.8, **kw
-        ),
-        lambda params, **kw: AdamCPR(params, reg_step_size=2, order='after', **kw),
-        lambda params, **kw: AdamWN(params, ratio=1.5, **kw),
-        lambda params, **kw: AdamWN(params, ratio=1.5, order='before', scope='global', **kw),
-    ],
-)
-def test_an_optimizer_that_decides_on_the_device_takes_the_same_steps(make, monkeypatch):
-    """Steps with and without a finite gradient, with every decision left in tensors as on an accelerator."""
+# ---- bits
+
+MANY = [(700, 511), (7,), (1, 1), (300, 300)]
+
+
+@pytest.mark.parametrize('variant', ['cpr-dependent-after', 'cpr-inflection-after', 'wn', 'adamw'])
+def test_numba_computes_the_same_bits_on_any_number_of_threads(cpu, variant):
+    params = parameters(MANY)
+    grads = gradient_steps(params, 4)
     runs = []
-    for on_device in (False, True):
-        torch.manual_seed(0)
-        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (7,), (33, 65))]
-        opt = make(params, lr=1e-2, max_grad_norm=1.0)
-        if on_device:
-            elsewhere = property(lambda t: False, lambda t, value: None)
-            monkeypatch.setattr(plain.Tensors, 'on_cpu', elsewhere, raising=False)
-        for i in range(12):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            if i in (3, 7):
-                params[1].grad[0] = float('inf')
-            opt.step()
-        assert opt.skipped_steps == 2
-        state = [{k: v.clone() for k, v in opt.state[p].items()} for p in params]
-        runs.append(([p.detach().clone() for p in params], state))
-    for a, b in zip(runs[0][0], runs[1][0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for a, b in zip(runs[0][1], runs[1][1], strict=True):
-        for k in a:
-            torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6, equal_nan=True)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        alike = copies(params)
+        runs.append(train(make(variant, alike, impl='numba', max_grad_norm=1.0), alike, grads))
+    assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
 
 
-def test_kappa_ip_does_not_fire_where_the_last_digit_of_a_float32_changes_its_size():
-    # A straight R so slow that the average moves by less than float32 resolves: past a power of two, where the last
-    # digit doubles, an average without its rounding error would stand still for more than a thousand steps.
-    theta = torch.nn.Parameter(torch.ones(1, 1))
-    theta.grad = torch.zeros(1, 1)
-    opt = AdamCPR([theta], lr=0.0, reg_step_size=200, reg_ema_decay=0.999)
-    for t in range(7000):
-        with torch.no_grad():
-            theta.fill_((4 + 1e-7 * (t - 5000)) ** 0.5)
-        opt.step()
-    assert not opt.state[theta]['kappa_set']
+@pytest.mark.parametrize('variant', ['cpr-dependent-after', 'cpr-inflection-after', 'wn', 'adamw'])
+def test_numba_computes_the_same_bits_among_other_tensors(cpu, variant):
+    torch.set_num_threads(2)
+    params = parameters(MANY)
+    grads = gradient_steps(params, 4)
+    alone, last = copies(params), copies(params)
+    train(make(variant, alone[:1], impl='numba'), alone[:1], [g[:1] for g in grads])
+    train(make(variant, last[::-1], impl='numba'), last, grads)
+    assert torch.equal(alone[0], last[0])
+
+
+# ---- processes
+
+
+def python(code, **environment):
+    """Run code in a process of its own, in the checkout; returns what it prints."""
+    environment = {**os.environ, 'PYTHONPATH': 'tests', **environment}
+    outcome = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout.strip()
+
+
+START = """
+import os, sys, torch
+from torch import nn
+torch.set_num_threads(2)
+
+p = nn.Parameter(torch.ones(400, 400))
+p.grad = torch.ones_like(p)
+
+def step(optimizer):
+    optimizer.step()
+    return float(p.detach()[-1].sum())
+"""
+
+
+def test_a_forked_child_takes_steps_as_its_parent_does(cpu):
+    """No thread goes with a child. PyTorch's own threads hang there: it works on small tensors."""
+    fork = """
+from cpr import AdamCPR
+optimizer = AdamCPR([p], impl='numba')
+step(optimizer)
+child = os.fork()
+total = step(optimizer)
+if child == 0:
+    print('child', total, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print('parent', total)
+"""
+    child, parent = python(START + fork).splitlines()
+    assert child.split()[1] == parent.split()[1]
+
+
+def test_no_folder_for_compiled_code_is_no_reason_to_fail(cpu):
+    step = """
+from cpr import AdamW
+optimizer = AdamW([p], impl='numba', lr=0.5, weight_decay=0.0)
+print(step(optimizer))
+from kernels import cpu
+print(cpu._adam.stats.cache_path)
+"""
+    environment = {
+        'NUMBA_CACHE_DIR': '/proc/nowhere',
+        'NUMBA_CACHE_LOCATOR_CLASSES': 'UserProvidedCacheLocator',
+    }
+    total, folder = python(START + step, **environment).splitlines()
+    assert float(total) == pytest.approx(0.5 * 400) and folder == 'None'
+
+
+# ---- packages that are not installed
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without('numba'): as if it were not installed."""
+
+    def remove(package):
+        loaded = [name for name in sys.modules if name.split('.')[0] == package]
+        for name in [*loaded, 'kernels.cpu' if package == 'numba' else 'kernels.gpu']:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return remove
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_without_numba_plain_torch_is_taken(variant, without):
+    without('numba')
+    auto, plain_torch = parameters(), parameters()
+    grads = gradient_steps(auto, 5)
+    train(make(variant, auto), auto, grads)
+    train(make(variant, plain_torch, impl='torch'), plain_torch, grads)
+    assert same_bits(auto, plain_torch)
+
+
+@pytest.mark.parametrize('package', ['numba', 'triton'])
+def test_an_implementation_that_is_not_installed_is_refused_by_its_name(package, without):
+    without(package)
+    with pytest.raises(ValueError, match=f'pip install {package}'):
+        AdamW(parameters(), impl=package)
+
+
+def test_numba_is_refused_for_what_it_does_not_take_and_auto_takes_plain_torch(cpu):
+    for dtype in (torch.bfloat16, torch.float16):
+        params = parameters(dtype=dtype)
+        with pytest.raises(ValueError, match=f"impl='numba'.*parameter 0.*{dtype}"):
+            AdamW(params, impl='numba')
+        train(AdamW(params), params, gradient_steps(params, 2))
+
+
+def test_importing_the_optimizers_imports_neither_numba_nor_triton():
+    """The first takes a second, and either may be missing."""
+    code = "import sys, cpr; print([x for x in ('numba', 'triton') if x in sys.modules])"
+    assert python(code) == '[]'

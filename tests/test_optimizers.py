@@ -1,4 +1,4 @@
-"""What AdamW, AdamCPR and AdamWN compute: against their formulas, against torch and against pytorch-cpr."""
+"""What AdamW, AdamCPR and AdamWN compute: against formulas, torch.optim and pytorch-cpr."""
 
 import itertools
 import math
@@ -6,336 +6,322 @@ import warnings
 
 import pytest
 import torch
-from reference import SHAPES, STEPS, Reference, gradients, penalty, schedule, weights
+from helpers.optimizers import (
+    BETAS,
+    KAPPA_INIT_METHODS,
+    KINDS,
+    NUMBA,
+    ORDERS,
+    REG_FUNCTIONS,
+    TORCH,
+    TRITON,
+    assert_close,
+    clipping,
+    cpr_options,
+    device_of,
+    everywhere,
+    gradient_steps,
+    phases,
+    same_bits,
+    train,
+    trajectory,
+)
+from helpers.reference import SHAPES, STEPS, Reference, schedule, weights
+from torch import nn
 
 from cpr import AdamCPR, AdamW, AdamWN
 
-KINDS = {'adamw': AdamW, 'adamcpr': AdamCPR, 'adamwn': AdamWN}
-BETAS = (0.8, 0.95)
-REG_FUNCTIONS = ['l2', 'l1', 'huber', 'std']
-ORDERS = ['before', 'after']
+# Triton's interpreter takes its time
+TRITON_STEPS, TRITON_SHAPES = 24, [(7,), (3, 5), (9, 65)]
+every_impl_in_full = pytest.mark.parametrize('impl', [TORCH, NUMBA])
 
 
-def clipping(grads, active):
-    """A max_grad_norm that about two thirds of the steps exceed, or none. grads: a list of steps, each a list."""
-    if not active:
-        return 0.0
-    norms = sorted(math.sqrt(sum(g.double().square().sum().item() for g in step)) for step in grads)
-    return norms[len(norms) // 3]
-
-
-def run(optimizer, params, grads, lrs, ratios=None, reference=None):
-    """Trains `params` and returns what was seen after each step: the weights, and each scalar of the state, stacked.
-
-    With a reference, the same gradients train that too; returned second.
+def run(optimizer, params, reference, grads, changes):
+    """Train both on the same gradients. Returns what was seen of ours and theirs after each step:
+    weights, lagmul, kappa or None, and the gradient norm. changes: a dict a step, for schedules.
     """
     ours, theirs = [], []
-    for t, step in enumerate(grads):
-        for p, g in zip(params, step, strict=True):
-            p.grad = g.clone()
+    for step, changed in zip(grads, changes, strict=True):
         for group in optimizer.param_groups:
-            group['lr'] = lrs[t]
-            if ratios:
-                group['ratio'] = ratios[t]
-        optimizer.step()
+            group.update(changed)
+        train(optimizer, params, [step])
         state = [optimizer.state[p] for p in params]
-        lagmul = [float(s['lagmul']) if 'lagmul' in s else 0.0 for s in state]
-        kappa = [float(s['kappa']) if 'kappa' in s and s['kappa_set'] else None for s in state]
-        norm = None if optimizer.grad_norm is None else float(optimizer.grad_norm)
-        ours.append(([p.detach().clone() for p in params], lagmul, kappa, norm))
-        if reference:
-            reference.step(step, lr=lrs[t], ratio=ratios[t] if ratios else None)
-            tensors = reference.tensors
-            theirs.append(
-                (
-                    reference.params,
-                    [w.lagmul for w in tensors],
-                    [w.kappa for w in tensors],
-                    reference.grad_norm,
-                )
-            )
+        lagmul = [float(s.get('lagmul', 0.0)) for s in state]
+        kappa = [float(s['kappa']) if s.get('kappa_set', False) else None for s in state]
+        norm = float(optimizer.grad_norm)
+        ours.append(([p.detach().to('cpu', copy=True) for p in params], lagmul, kappa, norm))
+
+        reference.step(step, **changed)
+        lagmul = [w.lagmul for w in reference.tensors]
+        kappa = [w.kappa for w in reference.tensors]
+        theirs.append((reference.params, lagmul, kappa, reference.grad_norm))
     return ours, theirs
 
 
 def assert_follows(
-    kind, starts, grads, *, lr=0.03, ratios=None, regularize=None, tol=1e-5, **options
+    kind, starts, grads, impl, *, changes=None, regularize=None, ratios=None, tol=1e-5, **options
 ):
-    """Our optimizer and the reference go the same way, step for step; returns the lagmuls of each tensor over time."""
-    lrs = schedule(lr, len(grads))
+    """Optimizer and reference go the same way, step for step. Returns each tensor's lagmuls."""
     regularize = [True] * len(starts) if regularize is None else regularize
-    options = {'betas': BETAS, **options}
-    params = [torch.nn.Parameter(s.clone()) for s in starts]
-    optimizer = KINDS[kind]([{'params': params, 'regularize': regularize}], lr=lr, **options)
-    reference = Reference(kind, starts, regularize=regularize, lr=lr, **options)
-    ours, theirs = run(optimizer, params, grads, lrs, ratios, reference)
+    changes = [{'lr': lr} for lr in schedule(0.03, len(grads))] if changes is None else changes
+    options = {'lr': 0.03, 'betas': BETAS, **options}
+    params = [nn.Parameter(s.to(device_of(impl), copy=True)) for s in starts]
+    optimizer = KINDS[kind]([{'params': params, 'regularize': regularize}], impl=impl, **options)
+    reference = Reference(kind, starts, regularize=regularize, ratios=ratios, **options)
+    if ratios:
+        pairs = zip(params, ratios, strict=True)
+        optimizer.set_ratios({p: r for p, r in pairs if r is not None})
+    ours, theirs = run(optimizer, params, reference, grads, changes)
     for i, w in enumerate(reference.tensors):
         decided = ~w.undecided
         assert decided.float().mean() > 0.98 or w.theta.numel() < 100
-        a = torch.stack([o[0][i][decided] for o in ours]).double()
-        b = torch.stack([o[0][i][decided] for o in theirs])
-        torch.testing.assert_close(
-            a, b, rtol=tol, atol=tol * b.abs().max().item() if b.numel() else 0.0
-        )
-        a, b = (
-            torch.tensor([o[1][i] for o in seen], dtype=torch.float64) for seen in (ours, theirs)
-        )
+        a = torch.stack([seen[0][i][decided] for seen in ours]).double()
+        b = torch.stack([seen[0][i][decided] for seen in theirs])
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol * float(b.abs().max()))
+        a, b = (torch.tensor([seen[1][i] for seen in x]).double() for x in (ours, theirs))
         torch.testing.assert_close(a, b, rtol=0, atol=10 * tol * max(1e-3, b.max().item()))
-        if theirs[-1][2][i] is not None:
+        fired = [[seen[2][i] is not None for seen in x] for x in (ours, theirs)]
+        if options.get('kappa_init_method') in ('warm_start', 'inflection_point'):
+            assert fired[0] == fired[1], 'the bound is set at the same step'
+        if kind == 'adamcpr' and regularize[i] and fired[1][-1]:
             assert ours[-1][2][i] == pytest.approx(theirs[-1][2][i], rel=tol)
-        if options.get('kappa_init_method') == 'inflection_point':
-            assert [o[2][i] is None for o in ours] == [o[2][i] is None for o in theirs], (
-                'fires at the same step'
-            )
-    assert [o[3] for o in ours] == pytest.approx([o[3] for o in theirs], rel=tol)
-    return [[o[1][i] for o in theirs] for i in range(len(starts))]
+    assert [seen[3] for seen in ours] == pytest.approx([seen[3] for seen in theirs], rel=tol)
+    return [[seen[1][i] for seen in theirs] for i in range(len(starts))]
 
 
-def phases(lagmul):
-    """'0+0+' for a bound that was not reached, was, was not, was."""
-    return ''.join(k for k, _ in itertools.groupby('+' if x > 0 else '0' for x in lagmul))
+# ---- every variant against the formulas
 
 
-def cpr_options(reg_function, kappa_init_method, start, reg_by_lr=False):
-    """Arguments of AdamCPR with which `gradients` takes the weights over their bound more than once."""
-    R = penalty(reg_function, start.double())[0]
-    mu = 24.0 if reg_by_lr else 0.6
-    if reg_function == 'l2':
-        mu *= start.numel() / (
-            2 * R
-        )  # much more, and the constraint overshoots so far that rounding errors grow
-    elif reg_function == 'std':
-        mu *= start.numel() - 1
-    param = {'uniform': 1.1 * R, 'dependent': 1.1, 'warm_start': 6, 'inflection_point': 1000.0}[
-        kappa_init_method
-    ]
-    return {
-        'reg_function': reg_function,
-        'kappa_init_method': kappa_init_method,
-        'kappa_init_param': param,
-        'kappa_update': mu,
-        'reg_step_size': 3,
-        'reg_ema_decay': 0.5,
-        'reg_by_lr': reg_by_lr,
-    }
-
-
-# -- every variant against the formulas ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    'reg_by_lr, clip', [(False, True), (True, False)], ids=['clipped', 'reg_by_lr']
-)
+@every_impl_in_full
+@pytest.mark.parametrize('reg_by_lr', [False, True], ids=['clipped', 'reg_by_lr'])
 @pytest.mark.parametrize('order', ORDERS)
-@pytest.mark.parametrize(
-    'kappa_init_method', ['uniform', 'dependent', 'warm_start', 'inflection_point']
-)
+@pytest.mark.parametrize('kappa_init_method', KAPPA_INIT_METHODS)
 @pytest.mark.parametrize('reg_function', REG_FUNCTIONS)
 def test_adamcpr_follows_its_formula_while_the_bound_is_reached_and_left_and_reached_again(
-    reg_function, kappa_init_method, order, reg_by_lr, clip
+    reg_function, kappa_init_method, order, reg_by_lr, impl
 ):
     for seed, shape in enumerate([(7,) if reg_function == 'std' else (1,), (33, 65)]):
         start = weights(shape, seed)
-        grads = [[g] for g in gradients(start, seed)]
+        grads = gradient_steps([start], STEPS, seed)
         options = cpr_options(reg_function, kappa_init_method, start, reg_by_lr)
-        (lagmul,) = assert_follows(
-            'adamcpr', [start], grads, order=order, max_grad_norm=clipping(grads, clip), **options
-        )
+        options.update(order=order, max_grad_norm=clipping(grads, not reg_by_lr))
+        (lagmul,) = assert_follows('adamcpr', [start], grads, impl, **options)
         assert phases(lagmul).startswith('0+0+')
 
 
+@pytest.mark.parametrize('impl', [TRITON])
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('reg_function', REG_FUNCTIONS)
+def test_adamcpr_follows_its_formula_in_triton(reg_function, order, impl):
+    """Every method to find kappa in every order, each with two functions R."""
+    methods = KAPPA_INIT_METHODS if order == 'before' else KAPPA_INIT_METHODS[::-1]
+    method = methods[REG_FUNCTIONS.index(reg_function)]
+    start, reg_by_lr = weights((33, 65)), reg_function == 'huber'
+    grads = gradient_steps([start], TRITON_STEPS)
+    options = cpr_options(reg_function, method, start, reg_by_lr)
+    options.update(order=order, max_grad_norm=clipping(grads, not reg_by_lr))
+    (lagmul,) = assert_follows('adamcpr', [start], grads, impl, **options)
+    assert phases(lagmul).startswith('0+0' if method != 'inflection_point' else '0+')
+
+
+@every_impl_in_full
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('kappa_init_method', ['dependent', 'warm_start', 'inflection_point'])
 def test_adamcpr_follows_its_formula_with_many_tensors_and_one_clipping_norm(
-    kappa_init_method, order
+    kappa_init_method, order, impl
 ):
-    shapes = [*SHAPES, (257, 129), (4, 3, 2)]
-    starts = [weights(s, i) for i, s in enumerate(shapes)]
-    grads = list(zip(*(gradients(s, i) for i, s in enumerate(starts)), strict=True))
+    starts = [weights(s, i) for i, s in enumerate([*SHAPES, (257, 129), (4, 3, 2)])]
+    grads = gradient_steps(starts, STEPS)
     regularize = [s.dim() >= 2 for s in starts]
     options = cpr_options('l2', kappa_init_method, starts[0])
-    lagmuls = assert_follows(
-        'adamcpr',
-        starts,
-        grads,
-        order=order,
-        regularize=regularize,
-        max_grad_norm=clipping(grads, True),
-        **options,
-    )
-    assert all((max(lagmul) > 0) == r for lagmul, r in zip(lagmuls, regularize, strict=True))
+    options.update(order=order, regularize=regularize, max_grad_norm=clipping(grads))
+    lagmuls = assert_follows('adamcpr', starts, grads, impl, **options)
+    assert [max(lagmul) > 0 for lagmul in lagmuls] == regularize
 
 
+@pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
 @pytest.mark.parametrize('clip', [False, True], ids=['unclipped', 'clipped'])
-def test_adamw_follows_its_formula(clip):
-    starts = [weights(s, i) for i, s in enumerate([*SHAPES, (257, 129)])]
-    grads = list(zip(*(gradients(s, i) for i, s in enumerate(starts)), strict=True))
-    regularize = [i % 2 == 0 for i in range(len(starts))]
-    assert_follows(
-        'adamw',
-        starts,
-        grads,
-        weight_decay=0.5,
-        regularize=regularize,
-        max_grad_norm=clipping(grads, clip),
-    )
+def test_adamw_follows_its_formula(clip, impl):
+    shapes = TRITON_SHAPES if impl == 'triton' else [*SHAPES, (257, 129)]
+    starts = [weights(s, i) for i, s in enumerate(shapes)]
+    grads = gradient_steps(starts, 12 if impl == 'triton' else STEPS)
+    options = dict(weight_decay=0.5, regularize=[i % 2 == 0 for i in range(len(starts))])
+    assert_follows('adamw', starts, grads, impl, max_grad_norm=clipping(grads, clip), **options)
 
 
-@pytest.mark.parametrize(
-    'scope, target',
-    [
-        *(
-            ('tensor', t)
-            for t in ('ratio', 'ratio per tensor', 'schedule', 'norm', 'norm per tensor')
-        ),
-        *(('global', t) for t in ('ratio', 'schedule', 'norm')),
-    ],
-)
-@pytest.mark.parametrize('rate, clip', [(1e-2, True), (0.7, False)])
-@pytest.mark.parametrize('order', ORDERS)
-def test_adamwn_follows_its_formula(order, rate, clip, scope, target):
+RATIOS = [None, 1.3, None, 2.1, 0.5]  # None: the group's
+RAMP = [{'ramp': min(1.0, t / 20), 'ratio': 1.7, 'lr': 0.03} for t in range(STEPS)]
+RISE = [{'ratio': 1.0 + min(1.0, t / 40), 'lr': 0.03} for t in range(STEPS)]
+TARGETS = {
+    'ratio': {'ratio': 1.7},
+    'ratios': {'ratio': 0.9, 'ratios': RATIOS},
+    'ratio over time': {'changes': RISE},
+    'ramp': {'changes': RAMP},
+    'ramp to ratios': {'changes': RAMP, 'ratios': RATIOS},
+    'norm': {'norm': 4.0},
+    'ramp to a norm': {'norm': 4.0, 'changes': RAMP},
+}
+
+
+def wn_cases():
+    for order, rate in itertools.product(ORDERS, (1e-2, 0.7)):
+        for scope, target in itertools.product(('tensor', 'global'), TARGETS):
+            if scope == 'tensor' or 'ratios' not in TARGETS[target]:
+                yield order, rate, scope, target
+
+
+@every_impl_in_full
+@pytest.mark.parametrize('order, rate, scope, target', [*wn_cases()])
+def test_adamwn_follows_its_formula(order, rate, scope, target, impl):
     starts = [weights(s, i) for i, s in enumerate(SHAPES)]
-    grads = list(zip(*(gradients(s, i) for i, s in enumerate(starts)), strict=True))
-    each = [0.5 + 0.4 * i for i in range(len(starts))]
-    options = {
-        'ratio': {'ratio': 1.7},
-        'ratio per tensor': {'ratio': each},
-        'schedule': {},
-        'norm': {'norm': 4.0},
-        'norm per tensor': {'norm': each},
-    }[target]
-    ratios = [1.0 + min(1.0, t / 40) for t in range(STEPS)] if target == 'schedule' else None
-    assert_follows(
-        'adamwn',
-        starts,
-        grads,
-        ratios=ratios,
-        order=order,
-        rate=rate,
-        scope=scope,
-        regularize=[False, True, True, True, True],
-        max_grad_norm=clipping(grads, clip),
-        **options,
-    )
+    grads = gradient_steps(starts, STEPS)
+    options = dict(order=order, rate=rate, scope=scope, regularize=[False, *[True] * 4])
+    options.update(TARGETS[target], max_grad_norm=clipping(grads, rate < 0.5))
+    assert_follows('adamwn', starts, grads, impl, **options)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('impl', [TRITON])
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('scope', ['tensor', 'global'])
+def test_adamwn_follows_its_formula_in_triton(order, scope, impl):
+    starts = [weights(s, i) for i, s in enumerate(TRITON_SHAPES)]
+    grads = gradient_steps(starts, 12)
+    options = dict(order=order, rate=0.3, scope=scope, regularize=[False, True, True])
+    options.update(ratios=RATIOS[:3] if scope == 'tensor' else None, changes=RAMP[:12])
+    assert_follows('adamwn', starts, grads, impl, max_grad_norm=clipping(grads), **options)
+
+
+def half_precision_cases():
+    options = {'adamw': ('adamw', {'weight_decay': 0.5})}
+    for order, scope in itertools.product(ORDERS, ('tensor', 'global')):
+        wn = {'order': order, 'rate': 0.1, 'ratio': 1.5, 'scope': scope}
+        options[f'wn {scope} {order}'] = 'adamwn', wn
+    for order, reg, method in itertools.product(ORDERS, REG_FUNCTIONS, ('dependent', 'warm_start')):
+        cpr = {'order': order, 'reg_function': reg, 'kappa_init_method': method}
+        options[f'cpr {reg} {method} {order}'] = 'adamcpr', cpr
+    return options
+
+
+HALF = half_precision_cases()
+HALF_IN_TRITON = [
+    'adamw',
+    'cpr l2 dependent before',
+    'cpr l1 warm_start before',
+    'cpr std dependent after',
+    'cpr huber warm_start after',
+    'wn tensor after',
+]
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=['bfloat16', 'float16'])
 @pytest.mark.parametrize(
-    'kind, options',
-    [('adamw', {'weight_decay': 0.5})]
-    + [
-        ('adamwn', {'order': o, 'rate': 0.1, 'ratio': 1.5, 'scope': s})
-        for o in ORDERS
-        for s in ('tensor', 'global')
-    ]
-    + [
-        ('adamcpr', {'order': o, 'reg_function': f, 'kappa_init_method': m})
-        for o in ORDERS
-        for f in REG_FUNCTIONS
-        for m in ('dependent', 'warm_start')
-    ],
-    ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else v,
+    'name, impl',
+    [(name, 'torch') for name in HALF]
+    + [pytest.param(name, *TRITON.values, marks=TRITON.marks) for name in HALF_IN_TRITON],
 )
-def test_half_precision_weights_follow_the_formula_to_their_rounding(kind, options, dtype):
-    """Arithmetic in float32: what is rounded differently is one element in a hundred, by a last digit or two."""
+def test_half_precision_weights_follow_the_formula_to_their_rounding(name, impl, dtype):
+    """Arithmetic in float32: one element in ten is rounded differently, by a digit or two."""
+    kind, options = HALF[name]
     start = weights((33, 65), dtype=dtype)
-    grads = [[g] for g in gradients(start)]
+    grads = gradient_steps([start], STEPS if impl == 'torch' else TRITON_STEPS)
     if kind == 'adamcpr':
-        options = {
-            **cpr_options(options['reg_function'], options['kappa_init_method'], start),
-            **options,
-        }
-    options = {**options, 'lr': 0.03, 'betas': BETAS, 'max_grad_norm': clipping(grads, True)}
-    p = torch.nn.Parameter(start.clone())
+        reg, method = options['reg_function'], options['kappa_init_method']
+        options = {**cpr_options(reg, method, start), **options}
+    options = {**options, 'lr': 0.03, 'betas': BETAS, 'max_grad_norm': clipping(grads)}
+    p = nn.Parameter(start.to(device_of(impl), copy=True))
     reference = Reference(kind, [start], dtype=dtype, **options)
-    ours, theirs = run(KINDS[kind]([p], **options), [p], grads, schedule(0.03), None, reference)
+    optimizer = KINDS[kind]([p], impl=impl, **options)
+    changes = [{'lr': lr} for lr in schedule(0.03, len(grads))]
+    ours, theirs = run(optimizer, [p], reference, grads, changes)
     assert p.dtype == dtype
-    last_digit = (
-        torch.finfo(dtype).eps * 2.0 ** reference.params[0].abs().clamp(min=2**-6).log2().floor()
-    )
-    off = (p.detach().double() - reference.params[0]).abs() / last_digit
+    expected = reference.params[0]
+    exponent = expected.abs().clamp(min=2**-6).log2().floor()
+    off = (p.detach().cpu().double() - expected).abs() / (torch.finfo(dtype).eps * 2.0**exponent)
     assert (off == 0).double().mean() > 0.9 and off.mean() < 0.1
-    torch.testing.assert_close(
-        *(torch.tensor([o[1][0] for o in s]) for s in (ours, theirs)), rtol=0.02, atol=1e-5
-    )
+    lagmuls = (torch.tensor([seen[1][0] for seen in x]) for x in (ours, theirs))
+    torch.testing.assert_close(*lagmuls, rtol=0.02, atol=1e-5)
 
 
-# -- the facts -------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings('ignore:invalid value encountered in divide')  # Triton's masked lanes
+@pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
+@pytest.mark.parametrize(
+    'options, scale',
+    [({'eps': 0.0}, 1e-18), ({'eps': 1e-20}, 1e-18), ({'eps': 0.0, 'betas': (0.9, 0.5)}, 1e-15)],
+    ids=['eps 0', 'eps tiny', 'another beta2'],
+)
+def test_tiny_gradients_move_weights_as_large_ones_do(options, scale, impl):
+    """Their squares are close to the smallest numbers of float32, and Adam knows no scale."""
+    (start,) = starts = [weights((33, 7))]
+    grads = [[(g.sign() + 0.3 * g) * scale] for (g,) in gradient_steps([start], 8)]
+    options = {'betas': BETAS, 'max_grad_norm': None, 'lr': 0.03, **options}
+    p = nn.Parameter(start.to(device_of(impl), copy=True))
+    optimizer = AdamW([p], impl=impl, **options)
+    reference = Reference('adamw', starts, **{**options, 'max_grad_norm': 0.0})
+    for step in grads:
+        train(optimizer, [p], [step])
+        reference.step(step)
+        assert_close([p], reference.params, tol=1e-5)
 
 
-def trained(optimizer_of, starts, grads, lrs):
-    params = [torch.nn.Parameter(s.clone()) for s in starts]
-    ours, _ = run_plain(optimizer_of(params), params, grads, lrs)
-    return ours
+@pytest.mark.filterwarnings('ignore:invalid value encountered in divide')  # Triton's masked lanes
+@pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
+def test_without_memory_of_squares_a_small_gradient_after_a_large_one_is_exact(impl):
+    p = nn.Parameter(torch.ones(5, device=device_of(impl)))
+    optimizer = AdamW([p], lr=0.1, betas=(0.0, 0.0), eps=0.0, impl=impl)
+    reference = Reference('adamw', [torch.ones(5)], lr=0.1, betas=(0.0, 0.0), eps=0.0)
+    for g in (1.0, 1e-5, 3.0, 1e-10):
+        step = [torch.full((5,), g)]
+        train(optimizer, [p], [step])
+        reference.step(step)
+        state = optimizer.state[p]
+        assert_close([state['exp_avg_sq'] / g**2], [torch.ones(5)], tol=1e-6)
+        assert_close([p], reference.params, tol=1e-6)
 
 
-def run_plain(optimizer, params, grads, lrs):
-    seen = []
-    for lr, step in zip(lrs, grads, strict=True):
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        for p, g in zip(params, step, strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-        seen.append([p.detach().clone() for p in params])
-    return seen, optimizer
+# ---- the facts
 
 
 @pytest.fixture(scope='module')
 def problem():
     starts = [weights(s, i) for i, s in enumerate([(7,), (3, 5), (33, 65), (257, 129)])]
-    return (
-        starts,
-        list(zip(*(gradients(s, i) for i, s in enumerate(starts)), strict=True)),
-        schedule(0.03),
-    )
+    return starts, gradient_steps(starts, STEPS), schedule(0.03)
 
 
-def everywhere(params):
-    return [{'params': params, 'regularize': True}]
+def trained(make, starts, grads, lrs):
+    params = [nn.Parameter(s.clone()) for s in starts]
+    return trajectory(make(params), params, grads, lrs)
 
 
-def close(a, b, tol=2e-6):
-    for x, y in zip(a, b, strict=True):
-        for p, q in zip(x, y, strict=True):
-            torch.testing.assert_close(p.double(), q.double(), rtol=tol, atol=tol)
-
-
-def same_bits(a, b):
-    return all(
-        torch.equal(p, q) for x, y in zip(a, b, strict=True) for p, q in zip(x, y, strict=True)
-    )
+def all_same_bits(a, b):
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_adamw_is_torch_adamw(problem):
-    starts, grads, lrs = problem
-    ours = trained(lambda p: AdamW(everywhere(p), weight_decay=0.1), starts, grads, lrs)
-    close(ours, trained(lambda p: torch.optim.AdamW(p, weight_decay=0.1), starts, grads, lrs))
+    ours = trained(lambda p: AdamW(everywhere(p), weight_decay=0.1), *problem)
+    assert_close(ours, trained(lambda p: torch.optim.AdamW(p, weight_decay=0.1), *problem))
 
 
 def test_adamw_decays_only_tensors_of_two_or_more_dimensions(problem):
-    starts, grads, lrs = problem
-    ours = trained(lambda p: AdamW(p, weight_decay=0.1), starts, grads, lrs)
-
     def torchs(p):
         decay, rest = [x for x in p if x.dim() >= 2], [x for x in p if x.dim() < 2]
-        return torch.optim.AdamW(
-            [{'params': decay}, {'params': rest, 'weight_decay': 0.0}], weight_decay=0.1
-        )
+        groups = [{'params': decay}, {'params': rest, 'weight_decay': 0.0}]
+        return torch.optim.AdamW(groups, weight_decay=0.1)
 
-    close(ours, trained(torchs, starts, grads, lrs))
+    ours = trained(lambda p: AdamW(p, weight_decay=0.1), *problem)
+    assert_close(ours, trained(torchs, *problem))
 
 
 def test_adamwn_with_ratio_zero_and_rate_lr_times_decay_is_adamw(problem):
     starts, grads, _ = problem
     lr, wd = 0.02, 0.3
-    lrs = [lr] * len(grads)
-    wn = trained(
-        lambda p: AdamWN(everywhere(p), rate=lr * wd, ratio=0.0, order='before'), starts, grads, lrs
-    )
-    close(wn, trained(lambda p: torch.optim.AdamW(p, weight_decay=wd), starts, grads, lrs))
-    close(wn, trained(lambda p: AdamW(everywhere(p), weight_decay=wd), starts, grads, lrs))
+    constant = starts, grads, [lr] * len(grads)
+    options = dict(rate=lr * wd, ratio=0.0, order='before')
+    wn = trained(lambda p: AdamWN(everywhere(p), **options), *constant)
+    assert_close(wn, trained(lambda p: torch.optim.AdamW(p, weight_decay=wd), *constant))
+    assert_close(wn, trained(lambda p: AdamW(everywhere(p), weight_decay=wd), *constant))
 
 
+@every_impl_in_full
 @pytest.mark.parametrize('order', ORDERS)
 @pytest.mark.parametrize('reg_function', REG_FUNCTIONS)
 @pytest.mark.parametrize(
@@ -349,68 +335,56 @@ def test_adamwn_with_ratio_zero_and_rate_lr_times_decay_is_adamw(problem):
     ids=lambda k: k['kappa_init_method'],
 )
 def test_adamcpr_with_a_bound_never_reached_is_adam_without_decay_bit_for_bit(
-    problem, kappa, reg_function, order
+    problem, kappa, reg_function, order, impl
 ):
     starts, grads, lrs = problem
-    starts, grads = starts[:3], [g[:3] for g in grads]
-    free = trained(lambda p: AdamW(everywhere(p), weight_decay=0.0), starts, grads, lrs)
-    bound = trained(
-        lambda p: AdamCPR(everywhere(p), reg_function=reg_function, order=order, **kappa),
-        starts,
-        grads,
-        lrs,
-    )
-    assert same_bits(free, bound)
-    close(free, trained(torch.optim.Adam, starts, grads, lrs))
+    few = starts[:3], [g[:3] for g in grads], lrs
+    options = dict(reg_function=reg_function, order=order, impl=impl, **kappa)
+    free = trained(lambda p: AdamW(everywhere(p), weight_decay=0.0, impl=impl), *few)
+    assert all_same_bits(free, trained(lambda p: AdamCPR(everywhere(p), **options), *few))
+    assert_close(free, trained(torch.optim.Adam, *few))
 
 
 @pytest.mark.parametrize('ratio', [1.0, 2.0, 0.3])
 def test_adamwn_after_with_rate_one_holds_every_norm_at_its_target(problem, ratio):
-    starts, grads, lrs = problem
-    seen = trained(lambda p: AdamWN(p, rate=1.0, ratio=ratio, order='after'), starts, grads, lrs)
+    starts = problem[0]
+    seen = trained(lambda p: AdamWN(p, rate=1.0, ratio=ratio, order='after'), *problem)
     for step, i in itertools.product(seen, [1, 2, 3]):
-        assert step[i].double().norm().item() == pytest.approx(
-            ratio * starts[i].double().norm().item(), rel=1e-6
-        )
+        target = ratio * starts[i].double().norm().item()
+        assert step[i].double().norm().item() == pytest.approx(target, rel=1e-6)
 
 
 def test_adamwn_global_after_with_rate_one_holds_the_joint_norm(problem):
-    starts, grads, lrs = problem
-    seen = trained(lambda p: AdamWN(p, rate=1.0, ratio=1.5, scope='global'), starts, grads, lrs)
+    starts = problem[0]
+    seen = trained(lambda p: AdamWN(p, rate=1.0, ratio=1.5, scope='global'), *problem)
 
     def joint(tensors):
         return math.sqrt(sum(t.double().square().sum().item() for t in tensors[1:]))
 
     assert all(joint(step) == pytest.approx(1.5 * joint(starts), rel=1e-6) for step in seen)
-    assert any(abs(step[1].norm() / starts[1].norm() - 1.5) > 0.01 for step in seen), (
-        'each tensor goes where it likes'
-    )
+    ratios = [step[1].norm() / starts[1].norm() for step in seen]
+    assert any(abs(ratio - 1.5) > 0.01 for ratio in ratios), 'each tensor goes where it likes'
 
 
 def test_adamwn_holds_an_absolute_norm(problem):
-    starts, grads, lrs = problem
-    seen = trained(lambda p: AdamWN(p, rate=1.0, norm=3.0), starts, grads, lrs)
-    assert all(
-        step[i].double().norm().item() == pytest.approx(3.0, rel=1e-6)
-        for step in seen
-        for i in (1, 2, 3)
-    )
+    seen = trained(lambda p: AdamWN(p, rate=1.0, norm=3.0), *problem)
+    for step, i in itertools.product(seen, [1, 2, 3]):
+        assert step[i].double().norm().item() == pytest.approx(3.0, rel=1e-6)
 
 
 def test_adamwn_leaves_vectors_uncontrolled(problem):
-    starts, grads, lrs = problem
-    free = trained(lambda p: AdamW(p, weight_decay=0.0), starts, grads, lrs)
-    controlled = trained(lambda p: AdamWN(p, rate=0.5, ratio=3.0), starts, grads, lrs)
-    assert same_bits([s[:1] for s in free], [s[:1] for s in controlled])
+    free = trained(lambda p: AdamW(p, weight_decay=0.0), *problem)
+    controlled = trained(lambda p: AdamWN(p, rate=0.5, ratio=3.0), *problem)
+    assert all_same_bits([s[:1] for s in free], [s[:1] for s in controlled])
 
 
 def test_defaults_are_the_papers():
-    p = [torch.nn.Parameter(torch.ones(2, 2))]
+    p = [nn.Parameter(torch.ones(2, 2))]
     assert AdamCPR(p).order == 'before' and AdamWN(p).order == 'after'
     assert AdamWN(p).param_groups[0]['rate'] == 1e-2 and AdamWN(p).param_groups[0]['ratio'] == 1.0
 
 
-# -- pytorch-cpr ---------------------------------------------------------------------------------------------------
+# ---- pytorch-cpr
 
 
 @pytest.mark.parametrize('reg_by_lr', [False, True], ids=['', 'reg_by_lr'])
@@ -421,175 +395,23 @@ def test_adamcpr_after_is_pytorch_cpr(reg_function, kappa_init_method, reg_by_lr
     lrs = schedule(0.03)
     for seed, shape in enumerate([(7,), (33, 65)]):
         start = weights(shape, seed)
-        grads = [[g] for g in gradients(start, seed)]
-        options = {'betas': BETAS, **cpr_options(reg_function, kappa_init_method, start, reg_by_lr)}
-        ours, theirs = [torch.nn.Parameter(start.clone())], [torch.nn.Parameter(start.clone())]
-        seen, optimizer = run_plain(
-            AdamCPR(everywhere(ours), order='after', **options), ours, grads, lrs
-        )
+        grads = gradient_steps([start], STEPS, seed)
+        options = cpr_options(reg_function, kappa_init_method, start, reg_by_lr)
+        options['betas'] = BETAS
+        ours, theirs = [nn.Parameter(start.clone())], [nn.Parameter(start.clone())]
+        optimizer = AdamCPR(everywhere(ours), order='after', **options)
+        seen = trajectory(optimizer, ours, grads, lrs)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            expected, oracle = run_plain(
-                pytorch_cpr.AdamCPR(everywhere(theirs), foreach=False, **options),
-                theirs,
-                grads,
-                lrs,
-            )
-        state, wanted = optimizer.state[ours[0]], oracle.state[theirs[0]]
+            oracle = pytorch_cpr.AdamCPR(everywhere(theirs), foreach=False, **options)
+            expected = trajectory(oracle, theirs, grads, lrs)
         if reg_function != 'l1':  # there, a sign taken within a rounding of zero may differ
-            close(seen, expected, tol=1e-5)
+            assert_close(seen, expected, tol=1e-5)
         torch.testing.assert_close(seen[-1][0].norm(), expected[-1][0].norm(), rtol=1e-5, atol=0)
         off = ((seen[-1][0] - expected[-1][0]).abs() > 1e-5).float().mean()
         assert off < 0.01
+        state, wanted = optimizer.state[ours[0]], oracle.state[theirs[0]]
         assert state['kappa'].item() == pytest.approx(wanted['kappa'].item(), rel=1e-6)
         assert state['lagmul'].item() == pytest.approx(wanted['lagmul'].item(), rel=1e-3, abs=1e-5)
-        free = trained(
-            lambda p: AdamW(everywhere(p), betas=BETAS, weight_decay=0.0), [start], grads, lrs
-        )
-        assert (free[-1][0] - seen[-1][0]).abs().max() > 0.05, 'the bound was reached'
-
-
-# -- when Kappa-IP fires ------------------------------------------------------------------------------------------
-
-LOOK = 20
-
-
-def firing_steps(curves, steps, *, order='before', reg_step_size=LOOK, reg_ema_decay=0.99):
-    """Step at which AdamCPR sets each tensor's bound, or None, where R at step t is curve(t). curves: functions of t.
-
-    The weights are written before each step; the learning rate is 0. Ends when all bounds are set.
-    """
-    params = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in curves]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer = AdamCPR(
-        params,
-        lr=0.0,
-        order=order,
-        reg_step_size=reg_step_size,
-        reg_ema_decay=reg_ema_decay,
-        max_grad_norm=None,
-    )
-    fired = [None] * len(curves)
-    for t in range(1, steps + 1):
-        with torch.no_grad():
-            for p, curve in zip(params, curves, strict=True):
-                p.fill_(math.sqrt(curve(t) / 4))
-        optimizer.step()
-        for i, p in enumerate(params) if t % reg_step_size == 0 or t < 5 else ():
-            if fired[i] is None and optimizer.state[p]['kappa_set']:
-                fired[i] = t
-                assert optimizer.state[p]['kappa'].item() == pytest.approx(
-                    curves[i](t), rel=1e-6
-                ), 'kappa is R now'
-        if None not in fired:
-            break
-    return fired
-
-
-DECAYS = [0.0, 0.9, 0.99, 0.999, 0.9999]
-NEVER = {
-    'constant 1': lambda t: 1.0,
-    'constant 1e-6': lambda t: 1e-6,
-    'constant 12345.678': lambda t: 12345.678,
-    'linear from 1, steep': lambda t: 1.0 + 0.01 * t,
-    'linear from 1': lambda t: 1.0 + 1e-4 * t,
-    'linear from 1, nearly flat': lambda t: 1.0 + 1e-7 * t,
-    'linear from 0': lambda t: 0.3 * t,
-    'linear from 1e4': lambda t: 1e4 + 1e-3 * t,
-    'linear from 1e4, below rounding': lambda t: 1e4 + 1e-5 * t,
-    'theta grows linearly': lambda t: 4 * (1.0 + 1e-4 * t) ** 2,
-    'quadratic': lambda t: 1.0 + 1e-6 * t * t,
-    'quadratic from 0': lambda t: 1e-5 * t * t,
-    'power 1.5': lambda t: 1.0 + 1e-4 * t**1.5,
-    'cubic': lambda t: 10.0 + 1e-8 * t**3,
-    'exponential': lambda t: math.exp(t / 400),
-    'slow exponential': lambda t: 100.0 * math.exp(t / 1e5),
-}
-FALLING = {
-    'linear, falling': lambda t: 100.0 - 0.01 * t,
-    'linear, falling slowly': lambda t: 100.0 - 1e-4 * t,
-    'valley': lambda t: 10.0 + 1e-5 * (t - 350) ** 2,
-    'decaying exponentially': lambda t: 1.0 + math.exp(-t / 200),
-}
-
-
-@pytest.mark.parametrize('decay', DECAYS)
-def test_an_r_that_does_not_slow_down_never_sets_kappa(decay):
-    fired = firing_steps(list(NEVER.values()), 35 * LOOK, reg_ema_decay=decay)
-    assert dict(zip(NEVER, fired, strict=True)) == dict.fromkeys(NEVER)
-
-
-@pytest.mark.parametrize('decay', DECAYS)
-def test_an_r_that_falls_without_slowing_in_its_growth_never_sets_kappa(decay):
-    """Linear and accelerating (convex) curves that go down."""
-    fired = firing_steps(list(FALLING.values()), 25 * LOOK, reg_ema_decay=decay)
-    assert dict(zip(FALLING, fired, strict=True)) == dict.fromkeys(FALLING)
-
-
-def test_with_the_default_settings_neither_the_averages_start_up_nor_acceleration_sets_a_kappa():
-    """At step 800 an average started at zero slows down whatever R does; at step 1000 pytorch-cpr fires on weights
-    that grow linearly, whose R accelerates."""
-    curves = [
-        NEVER[name] for name in ('constant 1', 'linear from 1', 'theta grows linearly', 'quadratic')
-    ]
-    assert firing_steps(curves, 3000, reg_step_size=200) == [None] * 4
-    assert firing_steps(curves[2:], 1000, reg_step_size=200, order='after') == [None] * 2
-
-
-def sigmoid(centre, width, low=1.0, high=11.0):
-    return lambda t: low + (high - low) / (1.0 + math.exp(min(50.0, -(t - centre) / width)))
-
-
-@pytest.mark.parametrize(
-    'decay, order', [*((d, 'before') for d in DECAYS), (0.99, 'after'), (0.9999, 'after')]
-)
-def test_a_sigmoid_sets_kappa_within_two_looks_of_its_inflection(decay, order):
-    """Plus the delay of the average, 1 / (1 - decay) steps; and never before the inflection."""
-    centres, delay = [110, 185, 250, 400], 1 / (1 - decay)
-    curves = [sigmoid(c, w) for c, w in zip(centres, [25, 40, 60, 80], strict=True)]
-    fired = firing_steps(curves, 1000, reg_ema_decay=decay, order=order)
-    for centre, step in zip(centres, fired, strict=True):
-        assert step is not None and centre <= step <= centre + 2 * LOOK + delay
-
-
-def test_each_tensor_sets_its_own_kappa_at_its_own_time():
-    curves = [
-        sigmoid(120, 16),
-        NEVER['constant 1'],
-        sigmoid(280, 16),
-        NEVER['quadratic'],
-        sigmoid(200, 16),
-    ]
-    fired = firing_steps(curves, 400, reg_ema_decay=0.9)
-    assert [step is None for step in fired] == [False, True, False, True, False]
-    assert fired[0] < fired[4] < fired[2]
-    assert [fired[i] for i in (0, 2, 4)] == [
-        firing_steps([curves[i]], 400, reg_ema_decay=0.9)[0] for i in (0, 2, 4)
-    ]
-
-
-def test_the_fourth_look_is_the_first_that_can_set_kappa():
-    slowing = [lambda t: math.sqrt(t), lambda t: 1 - math.exp(-t / 50)]
-    assert firing_steps(slowing, 200, reg_step_size=20, reg_ema_decay=0.0) == [80, 80]
-
-
-def test_the_constraint_acts_from_the_step_after_kappa_is_set():
-    p = torch.nn.Parameter(torch.ones(2, 2))
-    optimizer = AdamCPR([p], lr=0.0, reg_step_size=2, reg_ema_decay=0.0)
-    p.grad = torch.zeros_like(p)
-    for R in [1, 2, 3, 4, 5, 6, 6.5, 7, 8]:  # looks at 2, 4, 6, 8: growth 2, 2, 1
-        assert not bool(optimizer.state[p].get('kappa_set', False))
-        with torch.no_grad():
-            p.fill_(math.sqrt(R / 4))
-        before = p.detach().clone()
-        optimizer.step()
-        if optimizer.state[p]['kappa_set']:
-            break
-    assert R == 7 and optimizer.state[p]['kappa'].item() == pytest.approx(7.0, rel=1e-6)
-    assert torch.equal(p, before) and optimizer.state[p]['lagmul'] == 0
-    with torch.no_grad():
-        p.fill_(math.sqrt(8 / 4))
-    optimizer.step()
-    assert optimizer.state[p]['lagmul'].item() == pytest.approx(0.25, rel=1e-5)
-    torch.testing.assert_close(p.detach(), torch.full((2, 2), (1 - 2 * 0.25) * math.sqrt(2.0)))
+        adam = trained(lambda p: torch.optim.Adam(p, betas=BETAS), [start], grads, lrs)
+        assert (adam[-1][0] - seen[-1][0]).abs().max() > 0.05, 'the bound was reached'
