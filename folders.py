@@ -1,10 +1,11 @@
-"""Checkpoints as folders of torch.distributed.checkpoint, each process writing what it has: for large models.
+"""Write checkpoints of large models as folders: each process writes its shards.
 
-    python folders.py out/ckpt-000100 ckpt.pt        into one file of whole tensors, as nanoGPT's
-    python folders.py out/ckpt.pt out/ckpt-000100    and back
+    python folders.py out/ckpt-000100 ckpt.pt        convert a folder to a file like nanoGPT's
+    python folders.py out/ckpt.pt out/ckpt-000100    convert a file to a folder
 
-A folder holds the parameters as model.NAME, their optimizer states as optimizer.NAME.STATE, and in run.pt what else
-ckpt.pt has. It is complete when it has its .metadata, which is written last.
+The format is torch.distributed.checkpoint's. A folder holds each parameter as model.NAME and each
+optimizer state as optimizer.NAME.STATE. Its run.pt holds the rest of ckpt.pt. The file .metadata
+is written last: a folder that has it is complete.
 """
 
 import os
@@ -20,28 +21,31 @@ from model import GPT, GPTConfig
 from runtime import fail
 
 RUN = 'run.pt'
+warnings.filterwarnings('ignore', 'torch.distributed is')  # "disabled", as in one process
 
 
 class Writer:
-    """Writes the folders out_dir/ckpt-ITERATION of a run, the last `keep` of them, while training goes on.
+    """Write the folders out_dir/ckpt-ITERATION in the background, and keep the last `keep` of them.
 
-    Made, and its methods called, on all ranks. save() and wait() raise OSError where the one saved last could not be
-    written.
+    Every rank must construct it and call its methods.
+    save() and wait() raise OSError if the previous folder could not be written.
     """
 
     def __init__(self, out_dir, keep, rank):
         self.path = self.out_dir = out_dir
         self.keep, self.rank, self.pending = keep, rank, None
-        self.group = torch.distributed.new_group(
-            backend='gloo'
-        )  # the thread that writes talks to its like, by itself
+        # the writing threads need a group that training does not use
+        self.group = torch.distributed.new_group(backend='gloo')
 
     def save(self, tensors, run):
-        """Return when `tensors`, {name: tensor} of what this rank has, are copied to host memory. run: for run.pt."""
+        """Copy this rank's `tensors` to host memory, then write them in the background.
+
+        tensors: {name: tensor}. run: a dict, the content of run.pt.
+        """
         self.wait()
         self.path = folder = os.path.join(self.out_dir, f'ckpt-{run["iter_num"]:06d}')
         if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # one that was cut off
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted save
             os.makedirs(folder)
             checkpoint.save(os.path.join(folder, RUN), run)
         self.pending = dcp.async_save(tensors, checkpoint_id=folder, process_group=self.group)
@@ -60,7 +64,10 @@ class Writer:
 
 
 def damage(folder):
-    """Why `folder` cannot be read, or None: a file is not there or cut off. The bytes of its parts are not read."""
+    """Return why `folder` cannot be read, or None.
+
+    Finds files that are missing or too short. It does not read the tensors' bytes.
+    """
     try:
         for info in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
             path = os.path.join(folder, info.relative_path)
@@ -73,67 +80,69 @@ def damage(folder):
 
 
 def tensors(params, states):
-    """{name in a folder: tensor} for params {name: parameter} and their states {name: {state: tensor}}."""
+    """Return {name in a folder: tensor}.
+
+    params: {name: parameter}. states: {name: {state: tensor}}.
+    """
     named = {f'model.{name}': p.detach() for name, p in params.items()}
     return named | {
         f'optimizer.{name}.{k}': v for name, state in states.items() for k, v in state.items()
     }
 
 
-def read(folder, params, own=None, no_dist=False):
-    """Fill params {name: parameter} from `folder`, in place; returns {name: state} of those named in `own` (None: all).
+def read(folder, model, no_dist=False):
+    """Fill the model's parameters from `folder` in place and return the optimizer's state.
 
-    Spread parameters and their states are read in parts. Every rank must call it, unless no_dist.
+    Of a DTensor, each rank reads its shard.
+    no_dist: read in this process alone. Otherwise every rank must call it.
+    Returns {i: {state: tensor}}, where i numbers the parameters as optimizer.state_dict() does.
     """
-    states = {}
+    params, states = dict(model.named_parameters()), {}
     for key, metadata in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
         kind, _, rest = key.partition('.')
         name, _, state = rest.rpartition('.')
-        if kind == 'optimizer' and (own is None or name in own):
+        if kind == 'optimizer':
             like = params[name].detach()
+            dtype = metadata.properties.dtype
             if metadata.size == like.shape:
-                values = torch.zeros_like(like, dtype=metadata.properties.dtype)
+                values = torch.zeros_like(like, dtype=dtype)
             else:
-                values = torch.empty(
-                    metadata.size, dtype=metadata.properties.dtype, device=like.device
-                )
+                values = torch.empty(metadata.size, dtype=dtype, device=like.device)
             states.setdefault(name, {})[state] = values
     dcp.load(tensors(params, states), checkpoint_id=folder, no_dist=no_dist)
-    return states
+    return {i: states[name] for i, name in enumerate(optimizer_names(model)) if name in states}
 
 
 def optimizer_names(model):
-    """The names of the parameters in the order of the optimizer's state: its two groups, tensors of two or more
-    dimensions first."""
+    """Return the parameters' names in the order of the optimizer's state.
+
+    The optimizer has two groups: first the tensors of two or more dimensions, then the others.
+    """
     named = list(model.named_parameters())
     return [name for name, p in named if p.dim() >= 2] + [name for name, p in named if p.dim() < 2]
 
 
 def convert(source, target):
-    """A folder into a file like ckpt.pt, or such a file into a folder."""
+    """Convert a folder to a file like ckpt.pt, or such a file to a folder."""
     if os.path.exists(target):
         fail(f'{target} is there already; remove it, or write to another place')
     saved = checkpoint.load(source)
     model = GPT(GPTConfig(**saved['model_args']))
-    params, names = dict(model.named_parameters()), optimizer_names(model)
     if os.path.isdir(source):
-        states = read(source, params, no_dist=True)
-        saved['model'] = model.state_dict()  # lm_head.weight, too
-        saved['optimizer'] = {
-            'state': {i: states[name] for i, name in enumerate(names) if name in states},
-            'param_groups': saved.pop('param_groups'),
-        }
+        state = read(source, model, no_dist=True)
+        saved['model'] = model.state_dict()  # includes the tied lm_head.weight
+        saved['optimizer'] = {'state': state, 'param_groups': saved.pop('param_groups')}
         checkpoint.save(target, saved)
     else:
         model.load_state_dict(saved.pop('model'))
         optimizer = saved.pop('optimizer')
+        params, names = dict(model.named_parameters()), optimizer_names(model)
         states = {names[i]: state for i, state in optimizer['state'].items()}
         temporary = f'{str(target).rstrip("/")}.tmp'
         os.makedirs(temporary)
         try:
-            checkpoint.save(
-                os.path.join(temporary, RUN), {**saved, 'param_groups': optimizer['param_groups']}
-            )
+            run = {**saved, 'param_groups': optimizer['param_groups']}
+            checkpoint.save(os.path.join(temporary, RUN), run)
             dcp.save(tensors(params, states), checkpoint_id=temporary, no_dist=True)
             os.replace(temporary, target)
         finally:
@@ -143,12 +152,11 @@ def convert(source, target):
 if __name__ == '__main__':
     if len(sys.argv) != 3:
         fail('usage: python folders.py SOURCE TARGET, one of them a folder, the other a file')
-    warnings.filterwarnings('ignore', 'torch.distributed is')  # disabled: as it should be
+    source, target = sys.argv[1:]
     try:
-        convert(*sys.argv[1:])
+        convert(source, target)
     except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        fail(
-            f'cannot make {sys.argv[2]} of {sys.argv[1]} ({reason}); see that there is room, and a checkpoint'
-        )
-    print(f'wrote {sys.argv[2]}')
+        problem = f'cannot convert {source} to {target} ({reason})'
+        fail(f'{problem}; check the disk space and that {source} is a checkpoint')
+    print(f'wrote {target}')

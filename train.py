@@ -1,13 +1,13 @@
 """Train a GPT with AdamW, AdamCPR or AdamWN, on one device or, started by torchrun, on many.
 
-    python train.py config/train_char_cpr.py                       a config file over the settings below
-    python train.py config/train_char_cpr.py --max_iters=500       and single settings over that
-    python train.py --help                                         all settings
+    python train.py config/train_char_cpr.py                     a config file over the defaults
+    python train.py config/train_char_cpr.py --max_iters=500     and single settings over that
+    python train.py --help                                       all settings
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_cpr.py --init_from=auto
 
-The settings are nanoGPT's, under its names and with its defaults, and those of the optimizers. out_dir receives ckpt.pt
-(checkpoint.py) and log.jsonl (runlog.py). A run that was stopped, by whatever, goes on with --init_from=auto as if it
-never had been.
+The settings are nanoGPT's, under its names and with its defaults, and those of the optimizers.
+out_dir receives ckpt.pt (checkpoint.py) and log.jsonl (runlog.py). With --init_from=auto an
+interrupted run resumes exactly where it stopped.
 """
 
 import atexit
@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -30,28 +29,20 @@ from model import GPT, GPTConfig
 from parallel import device_of_rank, largest_gradients, start
 from runtime import fail, setup
 
-# ---- settings: GPT-2 124M on OpenWebText, unless a config file or --key=value says otherwise
+# ---- settings: GPT-2 124M on OpenWebText; a config file and --key=value override them
 # input and output
 out_dir = 'out'  # where ckpt.pt and log.jsonl go
 eval_interval = 2000  # iterations between evaluations, each followed by a checkpoint
 log_interval = 1  # iterations between two lines of training loss
-eval_iters = (
-    200  # batches an evaluation takes of each split; 0: the whole of val.bin, each token once
-)
+eval_iters = 200  # batches of each split in an evaluation; 0: all of val.bin, each token once
 eval_only = False  # evaluate once and leave, writing nothing
-always_save_checkpoint = (
-    True  # False: only after an evaluation that is the best so far, and when stopped
-)
-checkpoint_interval = 0  # iterations between two checkpoints besides; 0: none but those
-sharded_checkpoint = (
-    False  # under torchrun: folders ckpt-ITERATION, each process writing its part, not ckpt.pt
-)
-keep_checkpoints = 2  # the newest is ckpt.pt, those before it ckpt.1.pt, ckpt.2.pt: for the case that one is damaged
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if there is a checkpoint), 'gpt2*', a checkpoint's path
+always_save_checkpoint = True  # False: only after the best evaluation so far and when stopped
+checkpoint_interval = 0  # iterations between two additional checkpoints; 0: none
+sharded_checkpoint = False  # torchrun: write folders ckpt-ITERATION, a file a process, not ckpt.pt
+keep_checkpoints = 2  # the newest is ckpt.pt; ckpt.1.pt, ... are used where that is damaged
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (if possible), 'gpt2*', a checkpoint's path
 norm_log_interval = 100  # iterations between two records of every tensor's norm, kappa and lambda
-loss_spike = (
-    2.0  # a loss over this multiple of its running average is marked in the log; 0.0: none is
-)
+loss_spike = 2.0  # the log marks a loss over this multiple of its running average; 0.0: none
 max_skipped_steps = 100  # stop after so many steps in a row without a finite gradient; 0: never
 # charts
 tensorboard_log = False  # also draw the log with TensorBoard: tensorboard --logdir OUT_DIR
@@ -70,158 +61,130 @@ n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm layers, as in GPT-2
 # optimizer
-optimizer = 'adamw'  # 'adamw', 'adamcpr' (upper bound on each tensor's norm), 'adamwn' (norm steered to a target)
+optimizer = 'adamw'  # 'adamw', 'adamcpr' (bounds each norm), 'adamwn' (steers it to a target)
 learning_rate = 6e-4  # the highest of the schedule
 max_iters = 600000
 weight_decay = 1e-1  # adamw only
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # clip the gradients to this total norm; 0.0 does not
-order = 'auto'  # norm and correction 'before' or 'after' the Adam update; 'auto': the papers', cpr before, wn after
-impl = 'auto'  # the passes over memory: 'triton', 'torch', or 'auto': 'triton' on a GPU
-switch_optimizer = (
-    False  # resume with another optimizer than the checkpoint's: keeps Adam's moments, nothing else
-)
+order = 'auto'  # correct 'before' or 'after' the Adam update; 'auto': cpr before, wn after
+impl = 'auto'  # 'triton' (GPU), 'numba' (float32 on a CPU), 'torch'; 'auto': the first that fits
+switch_optimizer = False  # resume with another optimizer: keep Adam's moments, nothing else
 # AdamCPR, under the names of pytorch_cpr.AdamCPR
-kappa_init_method = (
-    'inflection_point'  # the bound: 'inflection_point', 'warm_start', 'uniform' or 'dependent'
-)
-kappa_init_param = (
-    1000.0  # warm_start: steps; uniform: the bound; dependent: the bound over the start's
-)
+kappa_init_method = 'inflection_point'  # or 'warm_start', 'uniform', 'dependent': kappa's origin
+kappa_init_param = 1000.0  # warm_start: steps; uniform: kappa; dependent: kappa over R at the start
 reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
 kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
 reg_step_size = 200  # inflection_point: steps between two looks at the growth
 reg_ema_decay = 0.99  # inflection_point: of the moving average that is looked at
-reg_embedding = False  # bound the embeddings, too
+reg_embedding = False  # bound the embeddings too
 reg_by_lr = False  # multiply the correction by the learning rate
 # AdamWN
 wn_ratio = 1.0  # target norm over the norm at the start, reached at the end of the ramp
 wn_rate = 1e-2  # k: the share of the way to the target that a step goes
 wn_ramp_iters = 2500  # iterations over which the target goes from 1 to wn_ratio
 wn_scope = 'tensor'  # steer each tensor's norm, or 'global': the joint norm
-wn_from = ''  # out_dir of a finished run: its final ratios, per tensor, in place of wn_ratio
+wn_from = ''  # out_dir of a finished run: its final ratios, one a tensor, in place of wn_ratio
 # learning rate schedule
 decay_lr = True  # False: learning_rate throughout
 warmup_iters = 2000  # linear from near 0
 lr_decay_iters = 600000  # where the cosine ends; as long as max_iters, after Chinchilla
 min_lr = 6e-5  # the lowest; a tenth of learning_rate, after Chinchilla
 # system
-parallel = 'ddp'  # what torchrun's processes have of the run: 'ddp' all, 'zero' a part of Adam's state, 'fsdp' of all
-fsdp_shard_size = (
-    0  # fsdp: processes that share one copy of the parameters, as those of a node may; 0: all
-)
+parallel = 'ddp'  # torchrun: 'ddp', 'zero' (shard gradients and state), 'fsdp' (parameters too)
+fsdp_shard_size = 0  # zero, fsdp: processes that hold one copy, such as a node's; 0: all
 device = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' takes the first of them that is there
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': bfloat16 where the GPU has it, float32 on the CPU
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 if the GPU has it
 compile = True  # torch.compile the model
 seed = 1337  # of the initial weights and of the batches
 # ----
-signal.signal(
-    signal.SIGINT, signal.SIG_DFL
-)  # until there is something to save, Ctrl-C just ends it
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved yet: Ctrl-C ends the process
 settings, given = configure(globals())
-check(
-    settings,
-    {
-        '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval gradient_accumulation_steps batch_size '
-        'block_size n_layer n_head n_embd reg_step_size',
-        '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps max_iters learning_rate '
-        'min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio wn_ramp_iters warmup_iters '
-        'lr_decay_iters seed',
-        'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
-        'in [0, 1]': 'wn_rate',
-        'one of adamw adamcpr adamwn': 'optimizer',
-        'one of auto before after': 'order',
-        'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
-        'one of l2 l1 std huber': 'reg_function',
-        'one of tensor global': 'wn_scope',
-        'one of ddp zero fsdp': 'parallel',
-    },
-)
+limits = {
+    '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval '
+    'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd reg_step_size',
+    '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps '
+    'max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio '
+    'wn_ramp_iters warmup_iters lr_decay_iters seed',
+    'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
+    'in [0, 1]': 'wn_rate',
+    'one of adamw adamcpr adamwn': 'optimizer',
+    'one of auto before after': 'order',
+    'one of auto triton numba torch': 'impl',
+    'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
+    'one of l2 l1 std huber': 'reg_function',
+    'one of tensor global': 'wn_scope',
+    'one of ddp zero fsdp': 'parallel',
+}
+check(settings, limits)
 if decay_lr and lr_decay_iters < warmup_iters:
-    fail(
-        f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}; raise it, or set decay_lr=False'
-    )
+    problem = f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}'
+    fail(f'{problem}; raise it, or set decay_lr=False')
 
 rt = setup(device_of_rank(device), dtype, seed)
 ranks = start(parallel, rt.device_type)
 if sharded_checkpoint and not ranks.engine:
-    fail(
-        'sharded_checkpoint=True needs processes to divide the work between; start train.py with torchrun'
-    )
-micro_steps = ranks.share(
-    gradient_accumulation_steps, 'gradient_accumulation_steps'
-)  # of this process
+    fail('sharded_checkpoint=True is for several processes; start train.py with torchrun')
+# those of this process
+micro_steps = ranks.share(gradient_accumulation_steps, 'gradient_accumulation_steps')
 if ranks.rank > 0:
     wandb_log = tensorboard_log = False
+
+# ---- the checkpoint to start from
 ckpt_path = os.path.join(out_dir, 'ckpt.pt')
+is_ckpt = checkpoint.is_at(init_from)
 if init_from == 'auto':
     init_from = ranks.ask_first(lambda: 'resume' if checkpoint.all_of(ckpt_path) else 'scratch')
-elif (
-    os.path.isfile(init_from)
-    and os.path.exists(ckpt_path)
-    and os.path.samefile(init_from, ckpt_path)
-):
+elif is_ckpt and os.path.exists(ckpt_path) and os.path.samefile(init_from, ckpt_path):
     init_from = 'resume'
-elif checkpoint.is_at(init_from) and os.path.dirname(
-    os.path.realpath(init_from)
-) == os.path.realpath(out_dir):
-    fail(
-        f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces; give another --out_dir"
-    )
+elif is_ckpt and os.path.dirname(os.path.realpath(init_from)) == os.path.realpath(out_dir):
+    problem = f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces"
+    fail(f'{problem}; give another --out_dir')
 
 
 def take_over(source, theirs, *keys):
-    """Have the settings `keys` be those of the model in `source`."""
+    """Set the settings `keys` to those of the model in `source`. Fails where others are given."""
     for key in keys:
         value = theirs.get(key, settings[key])
         if key in given and settings[key] != value:
-            fail(
-                f'{key}={settings[key]} but {source} has {key}={value}; leave {key} out or start from scratch'
-            )
+            problem = f'{key}={settings[key]} but {source} has {key}={value}'
+            fail(f'{problem}; leave {key} out or start from scratch')
         globals()[key] = settings[key] = value
 
 
 resumed = None  # the checkpoint that this run continues
 if init_from == 'resume' or checkpoint.is_at(init_from):
-    whole, damaged = init_from, {}
+    intact, damaged = init_from, {}
     if init_from == 'resume':
-        whole, damaged = ranks.ask_first(lambda: checkpoint.newest(ckpt_path))
-    resumed = checkpoint.load(whole, checked=init_from == 'resume')
-    take_over(
-        'the checkpoint', resumed['model_args'], 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'
-    )
-    before = {'optimizer': 'adamw', **resumed['config']}  # nanoGPT knows no other
+        intact, damaged = ranks.ask_first(lambda: checkpoint.newest(ckpt_path))
+    resumed = checkpoint.load(intact, checked=init_from == 'resume')
+    architecture = 'n_layer', 'n_head', 'n_embd', 'bias', 'block_size'
+    take_over('the checkpoint', resumed['model_args'], *architecture)
+    before = {'optimizer': 'adamw', **resumed['config']}  # nanoGPT has no such setting
     of_state = ['optimizer']  # what the optimizer's state in the checkpoint depends on
     if optimizer == 'adamcpr':
         of_state += ['kappa_init_method', 'reg_function', 'reg_embedding']
         of_state += ['kappa_init_param'] * (kappa_init_method in ('uniform', 'dependent'))
     switched = [key for key in of_state if before.get(key, settings[key]) != settings[key]]
     if switched and not switch_optimizer and not eval_only:
-        was, now = (
-            ', '.join(f'{key}={config[key]}' for key in switched) for config in (before, settings)
-        )
+        was, now = (', '.join(f'{key}={c[key]}' for key in switched) for c in (before, settings))
         fail(
-            f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the weights, '
-            f"Adam's moments and the iteration and sets up anew what {optimizer} adds"
+            f'the checkpoint was trained with {was}, not {now}: --switch_optimizer=True keeps the '
+            f"weights, Adam's moments and the iteration and sets up anew what {optimizer} adds"
         )
-elif not (
-    init_from in ('scratch', 'resume')
-    or init_from.startswith('gpt2')
-    or '/' in init_from
-    and not init_from.endswith('.pt')  # a name on the hub
-    or os.path.isdir(init_from)
-):
-    fail(
-        f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path of a checkpoint or of a "
-        'folder with a GPT-2, or its name on the hub, OWNER/NAME'
-    )
+elif init_from != 'scratch' and not init_from.startswith('gpt2') and not os.path.isdir(init_from):
+    if '/' not in init_from or init_from.endswith('.pt'):  # else it may be a name on the hub
+        fail(
+            f"init_from='{init_from}' is none of 'scratch', 'resume', 'auto', 'gpt2*', the path "
+            'of a checkpoint or of a folder with a GPT-2, or its name on the hub, OWNER/NAME'
+        )
 
 # ---- model and data
 try:
     if resumed:
         model = GPT(GPTConfig(**{**resumed['model_args'], 'dropout': dropout}))
-        if 'model' in resumed:  # else it is in parts
+        if 'model' in resumed:  # a folder has the tensors elsewhere
             model.load_state_dict(resumed['model'])
     elif init_from == 'scratch':
         model = None
@@ -231,64 +194,46 @@ try:
             model.crop_block_size(block_size)
         block_size = settings['block_size'] = model.config.block_size
         take_over(init_from, model.config.model_args(), 'n_layer', 'n_head', 'n_embd', 'bias')
-    data = TokenData(
-        os.path.join('data', dataset), block_size, model.config.vocab_size if model else None
-    )
+    vocab_size = model.config.vocab_size if model else None
+    data = TokenData(os.path.join('data', dataset), block_size, vocab_size)
     if model is None:
-        vocab_size = (
-            data.meta['vocab_size'] if data.meta else 50304
-        )  # GPT-2's 50257 rounded up to a multiple of 64
-        model = GPT(
-            GPTConfig(
-                block_size=block_size,
-                vocab_size=vocab_size,
-                n_layer=n_layer,
-                n_head=n_head,
-                n_embd=n_embd,
-                dropout=dropout,
-                bias=bias,
-            )
-        )
-except (
-    TypeError,
-    ValueError,
-    RuntimeError,
-) as e:  # of model_args and weights that do not fit the model
+        # GPT-2's 50257 tokens, rounded up to a multiple of 64
+        vocab_size = data.meta['vocab_size'] if data.meta else 50304
+        sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+        model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes))
+except (TypeError, ValueError, RuntimeError) as e:  # model_args or weights that do not fit
     fail(e)
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)
+params = dict(model.named_parameters())
 init_norms = weight_norms(model)
-init_norms.update(
-    {k: v for k, v in (resumed or {}).get('init_norms', {}).items() if k in init_norms}
-)
+if resumed:
+    known = resumed.get('init_norms', {})
+    init_norms.update({name: known[name] for name in init_norms if name in known})
 init_norm = math.hypot(*init_norms.values())
 
 # ---- optimizer
-final_ratio = (
-    wn_ratio  # of AdamWN's targets: one number, or one for each tensor of the first parameter group
-)
+final_ratio, final_ratios = wn_ratio, {}  # AdamWN's targets: of all tensors, and of single ones
 if wn_from:
     last = next((e for e in reversed(runlog.read(wn_from)) if e.get('kind') == 'norms'), None)
+    problem = f'the run in {wn_from}'
     if last is None:
-        fail(f'the run in {wn_from} recorded no norms; train it again with --norm_log_interval=100')
+        fail(f'{problem} recorded no norms; train it again with --norm_log_interval=100')
     if last['tensors'].keys() != init_norms.keys():
-        fail(
-            f'the model of the run in {wn_from} has other tensors than this one; train both with the same n_layer'
-        )
-    ratios = [last['tensors'][name]['ratio'] for name in init_norms]
-    if None in (last['ratio'], *ratios):
-        fail(
-            f'the norms that the run in {wn_from} ended with are not all finite numbers; take another run'
-        )
-    final_ratio = last['ratio'] if wn_scope == 'global' else torch.tensor(ratios, device=rt.device)
+        fail(f'{problem} has other tensors than this one; train both with the same n_layer')
+    final_ratios = {params[name]: last['tensors'][name]['ratio'] for name in init_norms}
+    if None in (last['ratio'], *final_ratios.values()):
+        fail(f'{problem} ended with norms that are not all finite numbers; take another run')
+    if wn_scope == 'global':
+        final_ratio, final_ratios = last['ratio'], {}
+common = dict(lr=learning_rate, betas=(beta1, beta2), max_grad_norm=grad_clip, impl=impl)
+if order != 'auto' and optimizer != 'adamw':
+    common['order'] = order
 try:
-    common = dict(lr=learning_rate, betas=(beta1, beta2), max_grad_norm=grad_clip, impl=impl)
-    if order != 'auto' and optimizer != 'adamw':
-        common['order'] = order
     if optimizer == 'adamw':
-        make = partial(AdamW, weight_decay=weight_decay, **common)
+        opt = AdamW(model, weight_decay=weight_decay, **common)
     elif optimizer == 'adamcpr':
-        make = partial(
-            AdamCPR,
+        opt = AdamCPR(
+            model,
             kappa_init_method=kappa_init_method,
             kappa_init_param=kappa_init_param,
             reg_function=reg_function,
@@ -300,36 +245,33 @@ try:
             **common,
         )
     else:
-        make = partial(AdamWN, rate=wn_rate, scope=wn_scope, **common)
-    opt = make(model)
+        opt = AdamWN(model, rate=wn_rate, ratio=final_ratio, scope=wn_scope, **common)
 except ValueError as e:
     fail(e)
-if optimizer == 'adamwn':
-    opt.param_groups[0]['final_ratio'] = final_ratio
-opt = ranks.optimizer(make, opt)
-own = ranks.local(opt)  # what of it this process has
 scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
 iter_num, best_val_loss = 0, math.inf
 if resumed:
     iter_num, best_val_loss = int(resumed['iter_num']), float(resumed['best_val_loss'])
 if resumed and 'model' not in resumed:
-    resumed['optimizer'] = {'state': ranks.read_parts(whole, model, opt)}
+    import folders  # here, because its import takes a single process long
+
+    resumed['optimizer'] = {'state': folders.read(intact, model)}
 if resumed and not eval_only:
     try:
         state = resumed['optimizer']['state']
         if switched:
-            state = {
-                i: {k: s[k] for k in ('step', 'exp_avg', 'exp_avg_sq')} for i, s in state.items()
-            }
-        # the tensors' state is the checkpoint's, the options are this run's
-        ranks.load_optimizer(opt, state)
+            kept = 'step', 'exp_avg', 'exp_avg_sq'
+            state = {i: {k: s[k] for k in kept} for i, s in state.items()}
+        # the state is the checkpoint's, the options are this run's
+        opt.load_state_dict({**opt.state_dict(), 'state': state})
     except (KeyError, TypeError, ValueError) as e:
-        fail(
-            f'the checkpoint has no optimizer state of this model ({e}); start from scratch, or only sample from it'
-        )
-    own.skipped_steps.fill_(resumed.get('skipped_steps', 0))
+        problem = f'the checkpoint has no optimizer state of this model ({e})'
+        fail(f'{problem}; start from scratch, or only sample from it')
+    opt.skipped_steps.fill_(resumed.get('skipped_steps', 0))
     if scaler.is_enabled() and resumed.get('scaler'):  # a run in another dtype has none
         scaler.load_state_dict(resumed['scaler'])
+if optimizer == 'adamwn' and wn_scope == 'tensor':
+    opt.set_ratios(final_ratios)  # not those of the run that is resumed
 watch = runlog.Watch(loss_spike, *(resumed or {}).get('loss_average', ()))
 resumed = state = None  # frees a copy of the weights and the moments
 
@@ -346,17 +288,17 @@ def learning_rate_at(iteration):
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
 
 
-def wn_ratio_at(iteration, final_ratio):
-    """Linear from 1 to final_ratio over wn_ramp_iters (arXiv 2311.11446, section 4)."""
-    return 1 + (final_ratio - 1) * min(1.0, (iteration + 1) / max(wn_ramp_iters, 1))
+def wn_ramp_at(iteration):
+    """AdamWN's way from the norm at the start to the target, in [0, 1] (arXiv 2311.11446, 4)."""
+    return min(1.0, (iteration + 1) / max(wn_ramp_iters, 1))
 
 
-EVAL_SEED = 1 << 40  # no run's own seed, so that all runs are evaluated on the same batches
+EVAL_SEED = 1 << 40  # above any run's seed: all runs are evaluated on the same batches
 
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss a token of both splits: the same batches every time, whatever the seed and the number of ranks."""
+    """Return {split: mean loss a token}, on the same batches for any seed and number of ranks."""
     model.eval()
     losses = {}
     count = eval_iters or math.ceil(len(data.splits['val']) / (batch_size * block_size))
@@ -365,37 +307,34 @@ def estimate_loss():
         if split == 'val' and eval_iters == 0:
             pairs = data.sequential('val', batch_size)
         nats, tokens = [], []  # of every batch; 0 nats where another process has it
-        for each in zip_longest(
-            *[pairs] * ranks.world_size
-        ):  # a batch for each rank, None for some in the last round
-            x, y = to_device(each[ranks.rank] or each[0], rt.device)
+        # a batch for each rank; in the last round some may have None, and repeat the first
+        for batches in zip_longest(*[pairs] * ranks.world_size):
+            x, y = to_device(batches[ranks.rank] or batches[0], rt.device)
             with rt.autocast():
                 _, loss = compiled(x, y)
-            sizes = [y.numel() for _, y in filter(None, each)]
+            sizes = [y.numel() for _, y in filter(None, batches)]
             nats += [loss.item() * size if i == ranks.rank else 0.0 for i, size in enumerate(sizes)]
             tokens += sizes
-        losses[split] = ranks.sum(torch.tensor(nats, dtype=torch.float64)).sum().item() / sum(
-            tokens
-        )
+        nats = ranks.sum(torch.tensor(nats, dtype=torch.float64))
+        losses[split] = nats.sum().item() / sum(tokens)
     model.train()
     return losses
 
 
 def norms():
-    """The record of every weight tensor: its norm, the ratio to the norm at the start, and AdamCPR's kappa, lambda."""
-    params, tensors, now = dict(model.named_parameters()), {}, weight_norms(model)
-    bounds = ranks.scalars(opt, [params[name] for name in now], ('kappa', 'lagmul'))
-    for (name, norm), bound in zip(now.items(), bounds, strict=True):
-        tensors[name] = dict(
-            norm=norm, ratio=norm / init_norms[name] if init_norms[name] else math.nan, **bound
-        )
-    return dict(
-        ratio=math.hypot(*(t['norm'] for t in tensors.values())) / init_norm, tensors=tensors
-    )
+    """Return the log's record of every weight tensor: norm, ratio, and AdamCPR's kappa, lambda."""
+    tensors = {}
+    for name, norm in weight_norms(model).items():
+        state = opt.state.get(params[name], {})
+        bound = {k: state[k].item() for k in ('kappa', 'lagmul') if k in state}
+        ratio = norm / init_norms[name] if init_norms[name] else math.nan
+        tensors[name] = dict(norm=norm, ratio=ratio, **bound)
+    norm = math.hypot(*(t['norm'] for t in tensors.values()))
+    return dict(ratio=norm / init_norm, tensors=tensors)
 
 
 def save():
-    """Write the checkpoint of iteration iter_num while training goes on, or say that the one before could not be."""
+    """Write the checkpoint of iteration iter_num in the background, or say why it cannot be."""
     run = {
         'scaler': scaler.state_dict(),
         'model_args': model.config.model_args(),
@@ -403,17 +342,20 @@ def save():
         'best_val_loss': best_val_loss,
         'config': settings,
         'init_norms': init_norms,
-        'skipped_steps': own.skipped_steps.item(),
+        'skipped_steps': opt.skipped_steps.item(),
         'loss_average': watch.average,
     }
+    state = opt.state_dict()
     try:
         if sharded_checkpoint:
-            writer.save(ranks.parts(model, opt), {**run, 'param_groups': ranks.param_groups()})
+            states = {name: opt.state.get(p, {}) for name, p in params.items()}
+            run['param_groups'] = state['param_groups']
+            writer.save(folders.tensors(params, states), run)
             return
-        state = {'model': model.state_dict(keep_vars=True), 'optimizer': ranks.optimizer_state(opt)}
-        state = ranks.gather(state)
+        tensors = {'model': model.state_dict(keep_vars=True), 'optimizer': state}
+        tensors = ranks.gather(tensors)
         if ranks.rank == 0:
-            writer.save({**state, **run})
+            writer.save({**tensors, **run})
     except OSError as e:
         not_saved(e)
 
@@ -428,11 +370,9 @@ def written():
 
 def not_saved(reason):
     if ranks.rank > 0:
-        sys.exit(2)  # the first rank says it
-    fail(
-        f'could not write {writer.path} ({reason}); the checkpoint before it, if any, is whole: make room, then go on '
-        'with --init_from=auto'
-    )
+        sys.exit(2)  # rank 0 prints the error
+    problem = f'could not write {writer.path} ({reason}); the checkpoint before it is intact'
+    fail(f'{problem}, if any: make room, then resume with --init_from=auto')
 
 
 # ---- the loop
@@ -443,9 +383,8 @@ if eval_only:
     sys.exit()
 
 if iter_num >= max_iters > 0:
-    print(
-        f'{init_from}: already at iteration {iter_num} of max_iters={max_iters}, nothing is left to train'
-    )
+    at = f'already at iteration {iter_num} of max_iters={max_iters}'
+    print(f'{init_from}: {at}, nothing is left to train')
     ranks.close()
     sys.exit()
 
@@ -457,64 +396,49 @@ stopped_by = 0
 
 
 def stop(signum, _):
-    """The first signal ends the run after this iteration, with a checkpoint; the second ends it here."""
+    """End the run after this iteration, with a checkpoint. A second signal ends it at once."""
     global stopped_by
     stopped_by = signum
-    if (
-        ranks.world_size == 1
-    ):  # torchrun repeats what a terminal or a cluster has sent already, and has its own limit
+    if ranks.world_size == 1:  # torchrun repeats the signals that a terminal or a cluster sends
         signal.signal(signum, signal.SIG_DFL)
 
 
-for number in (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-):  # the last: SLURM's --signal=USR1@180, as many use it
+# the last is for SLURM's --signal=USR1@180
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, stop)
 try:
     # a checkpoint from elsewhere has its history elsewhere
-    log = runlog.RunLog(
-        out_dir if ranks.rank == 0 else None, iter_num if init_from == 'resume' else 0, charts
-    )
+    continued_iter = iter_num if init_from == 'resume' else 0
+    log = runlog.RunLog(out_dir if ranks.rank == 0 else None, continued_iter, charts)
     if sharded_checkpoint:
-        import folders  # here, because one process need not wait until it is imported
+        import folders
 
         writer = folders.Writer(out_dir, keep_checkpoints, ranks.rank)
     else:
         writer = checkpoint.Writer(ckpt_path, keep_checkpoints)
     if ranks.rank == 0 and init_from != 'resume':
-        checkpoint.put_aside(ckpt_path)  # init_from='auto' is not to take it for this run's
+        checkpoint.put_aside(ckpt_path)  # else init_from='auto' would take it for this run's
     elif ranks.rank == 0 and damaged:
-        checkpoint.put_in_place(ckpt_path, whole, damaged)
+        checkpoint.put_in_place(ckpt_path, intact, damaged)
         for path, reason in damaged.items():
-            print(
-                f'{path} is damaged ({reason}): goes on from {whole}, which was written before it'
-            )
-            log.write('damaged', iter=iter_num, path=path, reason=reason, used=whole)
+            print(f'{path} is damaged ({reason}): resumes from the one before it, {intact}')
+            log.write('damaged', iter=iter_num, path=path, reason=reason, used=intact)
 except OSError as e:
-    fail(
-        f"out_dir='{out_dir}' cannot be written ({e.strerror}); choose another with --out_dir=PATH"
-    )
+    problem = f"out_dir='{out_dir}' cannot be written ({e.strerror})"
+    fail(f'{problem}; choose another with --out_dir=PATH')
 
 sequences = batch_size * gradient_accumulation_steps
 parameters = model.get_num_params()
-log.write(
-    'config',
-    config=settings,
-    parameters=parameters,
-    device=rt.device,
-    dtype=rt.dtype,
-    torch=torch.__version__,
-)
+machine = dict(device=rt.device, dtype=rt.dtype, torch=torch.__version__)
+log.write('config', config=settings, parameters=parameters, **machine)
 print(
-    f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, {optimizer} on '
-    f'{rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}'
+    f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, '
+    f'{optimizer} on {rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}'
 )
 
 
 def micro_batch(i):
-    """Micro-batch i of this process: its next part of the batch of iteration i // micro_steps."""
+    """Return micro-batch i of this process, a part of the batch of iteration i // micro_steps."""
     iteration, part = divmod(i, micro_steps)
     first = (ranks.rank * micro_steps + part) * batch_size
     rows = slice(first, first + batch_size)
@@ -522,10 +446,10 @@ def micro_batch(i):
 
 
 batches = prefetch(micro_batch, iter_num * micro_steps)
-atexit.register(batches.close)  # its thread ends before the interpreter does, however the run ends
+atexit.register(batches.close)  # its thread must end before the interpreter does
 model.train()
 timed_from, timed_iter = time.perf_counter(), iter_num
-saved_iter = iter_num if init_from == 'resume' else 0
+saved_iter = continued_iter
 while True:
     finished = iter_num >= max_iters
     save_now = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
@@ -533,16 +457,14 @@ while True:
         log.write('norms', iter=iter_num, **norms())
     if iter_num % eval_interval == 0 or finished:
         losses = estimate_loss()
-        print(
-            f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}',
-            flush=True,
-        )
-        log.write('eval', iter=iter_num, train_loss=losses['train'], val_loss=losses['val'])
-        best = losses['val'] < best_val_loss
-        best_val_loss = min(best_val_loss, losses['val'])
+        train_loss, val_loss = losses['train'], losses['val']
+        print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}', flush=True)
+        log.write('eval', iter=iter_num, train_loss=train_loss, val_loss=val_loss)
+        best = val_loss < best_val_loss
+        best_val_loss = min(best_val_loss, val_loss)
         save_now = save_now or best or always_save_checkpoint
         timed_from, timed_iter = time.perf_counter(), iter_num
-    # while steps are skipped there is nothing new to keep, or nothing but nan: those from before it stay
+    # while steps are skipped the weights may be nan: the checkpoints from before must stay
     if save_now and iter_num > saved_iter and (finished or not watch.in_a_row):
         save()
     if finished:
@@ -551,14 +473,12 @@ while True:
     lr = learning_rate_at(iter_num)
     for group in opt.param_groups:
         group['lr'] = lr
-        if 'final_ratio' in group:
-            group['ratio'] = wn_ratio_at(iter_num, group['final_ratio'])
+        if optimizer == 'adamwn':
+            group['ramp'] = wn_ramp_at(iter_num)
     loss_sum = 0.0
     for part in range(micro_steps):
         x, y = next(batches)
-        if (
-            dropout > 0
-        ):  # what is dropped follows from the micro-batch: the same after a resume, and on any rank
+        if dropout > 0:  # drop the same of a micro-batch after a resume and on any rank
             number = iter_num * gradient_accumulation_steps + ranks.rank * micro_steps + part
             torch.manual_seed((seed + number) % (1 << 63))
         with ranks.micro_step(last=part == micro_steps - 1):
@@ -567,7 +487,7 @@ while True:
                 loss = loss / micro_steps
             scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
-    scaler.step(opt)  # clips too, and skips where a gradient is not finite
+    scaler.step(opt)  # clips, and skips the step where a gradient is not finite
     scaler.update()
 
     if iter_num % log_interval == 0:
@@ -576,48 +496,29 @@ while True:
         tokens_per_s = sequences * block_size / ms * 1e3
         peak = ranks.world_size * (rt.peak_flops or 0)
         mfu = model.estimate_mfu(sequences, ms / 1e3, peak) if peak else None
-        entry = dict(
-            loss=loss,
-            lr=lr,
-            grad_norm=own.grad_norm.item(),
-            ms=ms,
-            tokens_per_s=tokens_per_s,
-            mfu=mfu,
-        )
-        skipped, spike = own.skipped_steps.item(), watch.is_spike(loss)
-        log.write(
-            'train',
-            iter=iter_num,
-            **entry,
-            skipped_steps=skipped,
-            **({'spike': True} if spike else {}),
-        )
-        print(
-            f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {entry["grad_norm"]:.2f}, {ms:.1f} ms, '
-            f'{tokens_per_s:,.0f} tokens/s'
-            + (f', mfu {mfu:.1%}' if mfu else '')
-            + ', SPIKE' * spike,
-            flush=True,
-        )
+        grad_norm, skipped = opt.grad_norm.item(), opt.skipped_steps.item()
+        entry = dict(loss=loss, lr=lr, grad_norm=grad_norm)
+        entry.update(ms=ms, tokens_per_s=tokens_per_s, mfu=mfu, skipped_steps=skipped)
+        line = f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
+        line += f'{ms:.1f} ms, {tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else '')
+        if watch.is_spike(loss):
+            entry['spike'] = True
+            line += ', SPIKE'
+        log.write('train', iter=iter_num, **entry)
+        print(line, flush=True)
         if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
-            fail(
-                f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}; the largest: '
-                f'{largest_gradients(model)}. Go on from the last checkpoint with a lower learning_rate'
-            )
+            problem = f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}'
+            largest = f'the largest: {largest_gradients(model)}'
+            fail(f'{problem}; {largest}. Resume with a lower learning_rate')
         timed_from, timed_iter = time.perf_counter(), iter_num + 1
     opt.zero_grad(set_to_none=True)
     iter_num += 1
     stop_now = ranks.max(stopped_by)
-    if (
-        stop_now and iter_num < max_iters
-    ):  # after the last iteration only the last evaluation is left
+    if stop_now and iter_num < max_iters:  # after the last iteration only an evaluation is left
         save()
         written()
-        print(
-            f'stopped by {signal.Signals(stop_now).name} after iteration {iter_num - 1}: wrote {writer.path}; '
-            'go on with --init_from=auto',
-            flush=True,
-        )
+        stopped = f'stopped by {signal.Signals(stop_now).name} after iteration {iter_num - 1}'
+        print(f'{stopped}: wrote {writer.path}; resume with --init_from=auto', flush=True)
         break
 
 batches.close()

@@ -1,11 +1,11 @@
-"""Train a small model under every engine and number of processes on the CPU, and make the README's two tables of it.
+"""Train a small model under every engine on the CPU, and print the README's two tables of it.
 
     python scripts/compare_parallel.py              1, 2 and 4 processes; some minutes
     python scripts/compare_parallel.py --worlds=1,2
 
-The first table has the final validation loss of each run and the largest relative difference of a training loss from
-the run in one process, the second what resuming under one engine costs after saving under another, in the same measure.
-Ends with status 1 where a difference is more than 1e-5.
+The first table has each run's final validation loss and its largest relative difference in a
+training loss from the run in one process. The second has the same measure of runs that resume under
+one engine what another has saved. The exit status is 1 if a difference is more than 1e-5.
 """
 
 import json
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runlog  # noqa: E402
-from data.prepare import CharTokenizer, write_dataset  # noqa: E402
+from data.tokenizers import CharTokenizer  # noqa: E402
+from data.writer import write_dataset  # noqa: E402
 
 ITERATIONS = 50
 SAVED_AT = 25
@@ -52,12 +53,11 @@ OPTIMIZERS = {
 
 
 def work(jobs):
-    """Run train.py once for each list of arguments, all in this process (one of torchrun's, or the only one)."""
+    """Run train.py in this process, once for each list of arguments in the file `jobs`."""
     stdout = sys.stdout
     for number, arguments in enumerate(json.loads(Path(jobs).read_text())):
-        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(
-            number
-        )  # as after a restart, ranks must not find old addresses
+        # as after a restart, the ranks must not find the addresses of the run before
+        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(number)
         sys.argv, sys.stdout = ['train.py', *arguments], open(os.devnull, 'w')
         try:
             runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
@@ -66,30 +66,15 @@ def work(jobs):
 
 
 def launch(folder, world, jobs):
-    """Have `world` processes do the jobs, [(name, arguments)]: each writes to folder/name."""
-    path = folder / 'jobs.json'
-    path.write_text(
-        json.dumps(
-            [
-                [
-                    *SETTINGS,
-                    f'--dataset={folder / "data"}',
-                    f'--out_dir={folder / name}',
-                    *arguments,
-                ]
-                for name, arguments in jobs
-            ]
-        )
-    )
+    """Let `world` processes do the jobs, [(name, arguments)]. Each writes to folder/name."""
+    path, data = folder / 'jobs.json', f'--dataset={folder / "data"}'
+    lists = [[*SETTINGS, data, f'--out_dir={folder / name}', *options] for name, options in jobs]
+    path.write_text(json.dumps(lists))
     run = [sys.executable]
     if world > 1:
         run += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}']
-    subprocess.run(
-        [*run, __file__, f'--work={path}'],
-        cwd=ROOT,
-        check=True,
-        env={'OMP_NUM_THREADS': '1', **os.environ},
-    )
+    environment = {'OMP_NUM_THREADS': '1', **os.environ}
+    subprocess.run([*run, __file__, f'--work={path}'], cwd=ROOT, check=True, env=environment)
 
 
 def losses(out_dir):
@@ -97,56 +82,67 @@ def losses(out_dir):
 
 
 def difference(out_dir, reference):
-    """The largest relative difference of a training loss; every iteration must be there."""
+    """Return the largest relative difference in a training loss. No iteration may be missing."""
     ours, theirs = losses(out_dir), losses(reference)
-    assert ours.keys() == theirs.keys() == set(range(ITERATIONS)), (
-        f'{out_dir} does not have every iteration'
-    )
+    expected = set(range(ITERATIONS))
+    assert ours.keys() == theirs.keys() == expected, f'{out_dir} lacks iterations'
     return max(abs(ours[i] - theirs[i]) / theirs[i] for i in theirs)
 
 
 def compare(folder, worlds):
-    """Train and resume everything in `folder`. Returns (rows of the first table, cells of the second)."""
+    """Train and resume everything in `folder`.
+
+    Returns (kinds, runs, cells). A kind of run is (engine, number of processes), runs has
+    {(kind, optimizer): (validation loss, difference)}, cells {(saved, resumed): difference}.
+    """
     sums = [f'{a}+{b}={a + b}\n' for a in range(50) for b in range(50)]
     tokenizer = CharTokenizer(sorted(set(''.join(sums))))
     documents = {'train': [''.join(sums[::7] + sums[1::7])], 'val': [''.join(sums[2::7])]}
     write_dataset(folder / 'data', documents, tokenizer, {})
 
-    kinds = [
-        (engine, world)
-        for world in worlds
-        for engine in (['one'] if world == 1 else ['ddp', 'zero', 'fsdp'])
-    ]
+    kinds = []
+    for world in worlds:
+        engines = ['one'] if world == 1 else ['ddp', 'zero', 'fsdp']
+        kinds += [(engine, world) for engine in engines]
     for world in worlds:  # 1 comes first: the others take AdamWN's ratios from its AdamW
         jobs = []
-        for (engine, _), (name, options) in product(
-            [k for k in kinds if k[1] == world], OPTIMIZERS.items()
-        ):
+        for kind, (name, options) in product(kinds, OPTIMIZERS.items()):
+            if kind[1] != world:
+                continue
             options = [o.replace('WN_FROM', str(folder / 'one-1-AdamW')) for o in options]
-            options += [f'--parallel={engine}'] if world > 1 else []
-            jobs.append((f'{engine}-{world}-{name}', [*options, f'--max_iters={ITERATIONS}']))
+            options += parallel(kind)
+            jobs.append((f'{folder_of(kind)}-{name}', [*options, f'--max_iters={ITERATIONS}']))
             if name == 'AdamCPR':
-                jobs.append((f'saved-{engine}-{world}', [*options, f'--max_iters={SAVED_AT}']))
+                jobs.append((f'saved-{folder_of(kind)}', [*options, f'--max_iters={SAVED_AT}']))
         launch(folder, world, jobs)
-    rows = []
-    for (engine, world), name in product(kinds, OPTIMIZERS):
-        out = folder / f'{engine}-{world}-{name}'
+    runs = {}
+    for kind, name in product(kinds, OPTIMIZERS):
+        out = folder / f'{folder_of(kind)}-{name}'
         val_loss = [e['val_loss'] for e in runlog.read(str(out)) if e['kind'] == 'eval'][-1]
-        rows.append((engine, world, name, val_loss, difference(out, folder / f'one-1-{name}')))
+        runs[kind, name] = val_loss, difference(out, folder / f'one-1-{name}')
 
+    resume = [*OPTIMIZERS['AdamCPR'], '--init_from=resume', f'--max_iters={ITERATIONS}']
     cells = {}
     for world in worlds:
         jobs = []
-        for saved, (engine, _) in product(kinds, [k for k in kinds if k[1] == world]):
-            name = f'{saved[0]}-{saved[1]}-to-{engine}-{world}'
-            shutil.copytree(folder / f'saved-{saved[0]}-{saved[1]}', folder / name)
-            options = [*OPTIMIZERS['AdamCPR'], '--init_from=resume', f'--max_iters={ITERATIONS}']
-            jobs.append((name, options + ([f'--parallel={engine}'] if world > 1 else [])))
-            cells[saved, (engine, world)] = name
+        for saved, kind in product(kinds, kinds):
+            if kind[1] == world:
+                name = f'{folder_of(saved)}-to-{folder_of(kind)}'
+                shutil.copytree(folder / f'saved-{folder_of(saved)}', folder / name)
+                jobs.append((name, resume + parallel(kind)))
+                cells[saved, kind] = name
         launch(folder, world, jobs)
-    return rows, {
-        cell: difference(folder / name, folder / 'one-1-AdamCPR') for cell, name in cells.items()
-    }
+    reference = folder / 'one-1-AdamCPR'
+    cells = {cell: difference(folder / name, reference) for cell, name in cells.items()}
+    return kinds, runs, cells
+
+
+def parallel(kind):
+    return [f'--parallel={kind[0]}'] if kind[1] > 1 else []
+
+
+def folder_of(kind):
+    return f'{kind[0]}-{kind[1]}'
 
 
 def label(kind):
@@ -155,25 +151,25 @@ def label(kind):
 
 def main(worlds):
     with tempfile.TemporaryDirectory() as folder:
-        rows, cells = compare(Path(folder), worlds)
-    print(
-        '| engine x processes | optimizer | validation loss | largest difference from one process |'
-    )
-    print('|---|---|---|---|')
-    for engine, world, name, val_loss, worst in rows:
-        print(f'| {label((engine, world))} | {name} | {val_loss:.6f} | {worst:.1e} |')
-    kinds = list(dict.fromkeys(saved for saved, _ in cells))
-    print(
-        '\n| saved under | ' + ' | '.join(f'resumed under {label(kind)}' for kind in kinds) + ' |'
-    )
-    print('|---' * (len(kinds) + 1) + '|')
-    for saved in kinds:
-        print(
-            f'| {label(saved)} | '
-            + ' | '.join(f'{cells[saved, kind]:.1e}' for kind in kinds)
-            + ' |'
-        )
-    return max([row[-1] for row in rows] + list(cells.values())) > LIMIT
+        kinds, runs, cells = compare(Path(folder), worlds)
+    rows = []
+    for kind in kinds:
+        losses, differences = zip(*(runs[kind, name] for name in OPTIMIZERS), strict=True)
+        losses = [f'{val_loss:.6f}' for val_loss in losses]
+        rows.append([label(kind), *losses, f'{max(differences):.1e}'])
+    table(['engine x processes', *OPTIMIZERS, 'largest difference from one process'], rows)
+    print()
+    rows = [[label(saved), *(f'{cells[saved, kind]:.1e}' for kind in kinds)] for saved in kinds]
+    table(['saved under', *map(label, kinds)], rows)
+    worst = max([worst for _, worst in runs.values()] + list(cells.values()))
+    return worst > LIMIT
+
+
+def table(header, rows):
+    print('| ' + ' | '.join(header) + ' |')
+    print('|---' * len(header) + '|')
+    for row in rows:
+        print('| ' + ' | '.join(row) + ' |')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""train.py as its user runs it: it learns, can be stopped anywhere, writes what it says, and says what is wrong."""
+"""train.py as its user runs it: what it learns and writes, how it resumes, its error lines."""
 
 import json
 import math
@@ -126,24 +126,50 @@ def test_eval_only_evaluates_and_writes_nothing(train, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-def test_learning_rate_warms_up_and_falls_as_a_cosine(train):
-    outcome = train(
-        '--warmup_iters=10', '--lr_decay_iters=110', '--learning_rate=1.0', '--min_lr=0.1'
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(train, tmp_path):
+    schedule = '--warmup_iters=2', '--lr_decay_iters=12', '--learning_rate=1e-2', '--min_lr=1e-3'
+    train('--max_iters=14', *schedule)
+    lr = {e['iter']: e['lr'] for e in entries(tmp_path / 'out', 'train')}
+    wanted = [1e-2 / 3, 2e-2 / 3, 1e-2, 5.5e-3, 1e-3, 1e-3]
+    assert [lr[i] for i in (0, 1, 2, 7, 12, 13)] == pytest.approx(wanted)
+
+
+def test_every_parameter_receives_the_scheduled_learning_rate(train, tmp_path):
+    train()
+    groups = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['optimizer']['param_groups']
+    assert {group['lr'] for group in groups} == {entries(tmp_path / 'out', 'train')[-1]['lr']}
+
+
+def test_grad_clip_clips_the_gradients_and_the_log_has_their_norm_before_that(train, tmp_path):
+    train('--grad_clip=1e-12', '--weight_decay=0.0')  # far below Adam's eps: almost no step
+    train('--grad_clip=0.0', '--weight_decay=0.0', out='unclipped')
+    moved, unclipped = (
+        abs(entries(tmp_path / out, 'norms')[-1]['ratio'] - 1) for out in ('out', 'unclipped')
     )
-    at = outcome.names['learning_rate_at']
-    assert at(0) == pytest.approx(1 / 11) and at(9) == pytest.approx(10 / 11)
-    assert at(10) == 1.0 and at(60) == pytest.approx(0.55) and at(110) == at(1000) == 0.1
+    assert moved < 1e-3 < 1e-2 < unclipped
+    assert all(e['grad_norm'] > 0.1 for e in entries(tmp_path / 'out', 'train'))
 
 
-def test_every_parameter_receives_the_scheduled_learning_rate_and_clipping(train):
-    opt = train('--grad_clip=0.5').names['opt']
-    assert opt.max_grad_norm == 0.5
-    assert {group['lr'] for group in opt.param_groups} == {train().names['learning_rate_at'](7)}
-
-
-def test_order_auto_follows_the_papers(train):
-    assert train('--optimizer=adamcpr').names['opt'].order == 'before'
-    assert train('--optimizer=adamwn').names['opt'].order == 'after'
+@pytest.mark.parametrize(
+    'default, other, arguments',
+    [
+        (
+            'before',
+            'after',
+            (
+                '--optimizer=adamcpr',
+                '--kappa_init_method=dependent',
+                '--kappa_init_param=0.5',
+                '--kappa_update=100.0',
+            ),
+        ),
+        ('after', 'before', ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_rate=0.3')),
+    ],
+)
+def test_order_auto_follows_the_papers(train, tmp_path, default, other, arguments):
+    for order in ('auto', default, other):
+        train(f'--order={order}', *arguments, out=order)
+    assert losses(tmp_path / 'auto') == losses(tmp_path / default) != losses(tmp_path / other)
 
 
 # -- norms
@@ -181,19 +207,26 @@ def test_adamwn_reaches_the_scheduled_ratio(train, tmp_path):
 
 def test_wn_from_takes_the_ratio_of_every_tensor_from_a_finished_run(train, tmp_path):
     train('--optimizer=adamw', '--max_iters=20')
-    train(
-        '--optimizer=adamwn',
-        f'--wn_from={tmp_path / "out"}',
-        '--wn_rate=1.0',
-        '--wn_ramp_iters=4',
-        out='wn',
-    )
-    wanted, reached = (
-        {name: t['ratio'] for name, t in entries(tmp_path / out, 'norms')[-1]['tensors'].items()}
-        for out in ('out', 'wn')
-    )
+    steered = '--optimizer=adamwn', '--wn_rate=1.0', '--wn_ramp_iters=4', '--wn_ratio=1.2'
+    other = f'--wn_from={tmp_path / "out"}'
+    train(*steered, other, out='wn')
+    wanted, reached = (final_ratios(tmp_path / out) for out in ('out', 'wn'))
     assert reached == pytest.approx(wanted, rel=1e-4)
     assert len({round(ratio, 3) for ratio in wanted.values()}) > 3
+
+    # a resumed run has the targets of its own settings
+    train(*steered, '--init_from=resume', '--max_iters=10', other, out='wn')
+    assert final_ratios(tmp_path / 'wn') == pytest.approx(wanted, rel=1e-4)
+    train(*steered, '--init_from=resume', '--max_iters=12', out='wn')
+    reached = list(final_ratios(tmp_path / 'wn').values())
+    assert reached == pytest.approx([1.2] * len(reached), rel=1e-4)
+    train(*steered, '--init_from=resume', '--max_iters=14', other, '--wn_scope=global', out='wn')
+    total = entries(tmp_path / 'out', 'norms')[-1]['ratio']
+    assert entries(tmp_path / 'wn', 'norms')[-1]['ratio'] == pytest.approx(total, rel=1e-4)
+
+
+def final_ratios(out_dir):
+    return {name: t['ratio'] for name, t in entries(out_dir, 'norms')[-1]['tensors'].items()}
 
 
 # -- what it leaves
@@ -270,7 +303,7 @@ def test_a_nanogpt_checkpoint_is_continued_with_its_adamw_state(train, tmp_path)
 def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(
     script, train, tmp_path, dataset
 ):
-    """As it lies in nanoGPT's folder: out/ckpt.pt, data/sums/{train,val}.bin and meta.pkl, no meta.json."""
+    """As in nanoGPT's folder: out/ckpt.pt, data/sums/{train,val}.bin and meta.pkl, no meta.json."""
     train()
     theirs = tmp_path / 'data' / 'sums'
     theirs.mkdir(parents=True)
@@ -311,6 +344,28 @@ def test_a_nanogpt_character_run_is_evaluated_and_sampled_with_its_meta_pkl(
     assert outcome.status == 0 and list(losses(tmp_path / 'b')) == [8, 9]
 
 
+def test_a_checkpoint_of_the_first_version_resumes(train, tmp_path):
+    """Its AdamWN kept targets in the groups, one number or one a tensor, and no ratio a tensor."""
+    train('--optimizer=adamw')
+    for number, source in enumerate(([], [f'--wn_from={tmp_path / "out"}'])):
+        arguments = '--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20', *source
+        train(*arguments, '--max_iters=16', out=f'new{number}')
+        train(*arguments, out=f'old{number}')
+        path = tmp_path / f'old{number}' / 'ckpt.pt'
+        saved = torch.load(path, weights_only=True)
+        for state in saved['optimizer']['state'].values():
+            state.pop('ratio', None)
+        matrices, vectors = saved['optimizer']['param_groups']
+        ratios = torch.linspace(1.1, 1.9, len(matrices['params'])) if source else 1.5
+        matrices.update(final_ratio=ratios, ratio=ratios)
+        for group in (matrices, vectors):
+            del group['ramp']
+        torch.save(saved, path)
+        outcome = train(*arguments, '--max_iters=16', '--init_from=resume', out=f'old{number}')
+        assert outcome.status == 0, outcome.err
+        assert losses(tmp_path / f'old{number}') == losses(tmp_path / f'new{number}')
+
+
 def test_the_log_has_the_documented_kinds_and_fields(train, tmp_path):
     train()
     log = runlog.read(str(tmp_path / 'out'))
@@ -327,7 +382,7 @@ def test_only_the_best_is_kept_when_asked(train, tmp_path):
 
 
 def charts_of(tmp_path):
-    """{chart: {iteration: value}} of the TensorBoard files in tmp_path/out, as TensorBoard reads them."""
+    """{chart: {iteration: value}}, as TensorBoard reads it from tmp_path/out."""
     event_accumulator = pytest.importorskip(
         'tensorboard.backend.event_processing.event_accumulator'
     )
@@ -478,7 +533,7 @@ def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset
     )
     whole = start(tmp_path / 'whole', dataset, *arguments)
     assert whole.wait(timeout=120) == 0
-    # each is forked off a process that has imported torch, which takes longer than all that they do before the kill
+    # fork each from a process that has imported torch: an import takes longer than a run here
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
         ['checkpoint', 'cpr', 'data.tokens', 'parallel', 'runlog', 'torch._dynamo']
@@ -547,16 +602,16 @@ def test_resume_without_the_config_takes_the_architecture_from_the_checkpoint(
 
 
 def test_switching_the_optimizer_keeps_moments_and_iteration(train, tmp_path):
+    def state():
+        return checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['optimizer']['state'][2]
+
     train()
-    outcome = train(
-        '--init_from=resume', '--optimizer=adamcpr', '--switch_optimizer=True', '--max_iters=12'
-    )
+    switched = '--init_from=resume', '--switch_optimizer=True'
+    outcome = train(*switched, '--optimizer=adamcpr', '--max_iters=12')
     assert outcome.status == 0 and list(losses(tmp_path / 'out')) == list(range(12))
-    state = outcome.names['opt'].state_dict()['state'][2]
-    assert state['step'] == 12 and 'kappa' in state
-    outcome = train('--init_from=resume', '--switch_optimizer=True', '--max_iters=14')  # and back
-    assert outcome.status == 0
-    assert set(outcome.names['opt'].state_dict()['state'][2]) == {'step', 'exp_avg', 'exp_avg_sq'}
+    assert state()['step'] == 12 and 'kappa' in state()
+    assert train(*switched, '--max_iters=14').status == 0  # and back
+    assert set(state()) == {'step', 'exp_avg', 'exp_avg_sq'}
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset):
@@ -564,7 +619,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, dataset)
     assert start(out, dataset).wait(timeout=60) == 0
     before = (out / 'ckpt.pt').read_bytes()
 
-    def no_room():  # no file may grow beyond half a checkpoint: what a full disk does, for this process alone
+    def no_room():  # as a full disk does: no file of this process grows beyond half a checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
 
@@ -638,20 +693,20 @@ def test_a_run_resumes_in_another_dtype(train, tmp_path):
 
 
 def test_skipped_steps_are_counted_over_a_resume(train, tmp_path, monkeypatch):
-    measure = AdamW._measure
+    step, calls = AdamW.step, []
 
-    def once_not_finite(self, tensors):
-        if self.state[tensors[0].params[0]]['step'] == 3 and self.skipped_steps == 0:
-            tensors[0].params[0].grad[0] = float('inf')
-        return measure(self, tensors)
+    def with_one_not_finite(self, *args):
+        calls.append(self)
+        if len(calls) == 4:
+            self.param_groups[0]['params'][0].grad[0] = float('inf')
+        return step(self, *args)
 
-    monkeypatch.setattr(AdamW, '_measure', once_not_finite)
+    monkeypatch.setattr(AdamW, 'step', with_one_not_finite)
     train()
     train('--init_from=resume', '--max_iters=10')
-    assert [e['skipped_steps'] for e in entries(tmp_path / 'out', 'train')] == [0, 0, 0] + [1] * 7
-    assert (
-        entries(tmp_path / 'out', 'train')[3]['grad_norm'] is None
-    )  # not finite: no number in JSON
+    steps = entries(tmp_path / 'out', 'train')
+    assert [e['skipped_steps'] for e in steps] == [0, 0, 0] + [1] * 7
+    assert steps[3]['grad_norm'] is None  # not finite: no number in JSON
 
 
 def test_two_runs_cannot_write_to_one_out_dir(train, tmp_path, dataset):
@@ -738,7 +793,7 @@ def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(
             'kappa_init_param=0.0 must be > 0',
         ),
         (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
-        (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole number of steps'),
+        (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole steps'),
         (('--kappa_init_method=sometimes',), 'inflection_point'),
         (('--reg_function=l3',), 'huber'),
         (('--reg_step_size=0',), '>= 1'),
@@ -976,14 +1031,15 @@ def test_a_jump_of_the_loss_is_marked_in_the_log_and_after_a_resume_just_so(
 def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(
     train, tmp_path, monkeypatch
 ):
-    measure = AdamW._measure
+    step, calls = AdamW.step, []
 
-    def not_finite(self, batches):
-        if self.state[batches[0].params[0]]['step'] == 5:
-            batches[0].params[1].grad.fill_(float('nan'))
-        return measure(self, batches)
+    def not_finite(self, *args):
+        calls.append(self)
+        if len(calls) > 5:
+            self.param_groups[0]['params'][1].grad.fill_(float('nan'))
+        return step(self, *args)
 
-    monkeypatch.setattr(AdamW, '_measure', not_finite)
+    monkeypatch.setattr(AdamW, 'step', not_finite)
     outcome = train('--max_iters=100', '--max_skipped_steps=3')
     bad(outcome, 'no finite gradient in 3 steps up to iteration 7', 'transformer.wpe.weight nan')
     assert max(losses(tmp_path / 'out')) == 7
