@@ -1,4 +1,4 @@
-"""Train several configs with several seeds and report which ends with the lowest loss.
+"""Train several configs of nanoNorm with several seeds and report which ends with the lowest loss.
 
     python compare.py CONFIG... --seeds=1,2,3 [--key=value...] --out=results/NAME [--jobs=N]
 
@@ -18,7 +18,7 @@ from its checkpoint. The results are OUT/report.md, three pictures, results.json
 object a run, and made.jsonl with the place and date of each run.
 """
 
-import argparse
+import ast
 import datetime
 import json
 import math
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -43,10 +42,11 @@ from tqdm import tqdm
 
 import plot
 import runlog
-from configurator import configure
-from runtime import fail
+from configurator import check, configure
+from runtime import Arguments, border, fail
 
 WHOLE_VAL = '--eval_iters=0'  # every run is evaluated on the whole of val.bin
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
 OWN = ('seed', 'out_dir', 'eval_iters')  # settings that compare.py chooses
 USAGE = 'python compare.py CONFIG... --seeds=1,2,3 [--key=value...] --out=results/NAME [--jobs=N]'
 # Student's t at p = 5 %, two-sided, for 2 to 10 pairs. For more pairs the last is a little strict.
@@ -125,6 +125,34 @@ def configs_of(texts, common, seeds, out):
     return configs
 
 
+def train_settings():
+    """Return (defaults, limits) of train.py's settings, as configure() and check() take them.
+
+    They are read from its source, because importing it would train.
+    """
+    defaults, limits, configured = {'__file__': TRAIN}, {}, False
+    with open(TRAIN, encoding='utf-8') as f:
+        assignments = [node for node in ast.parse(f.read()).body if isinstance(node, ast.Assign)]
+    for node in assignments:
+        configured = configured or 'configure(' in ast.unparse(node)
+        name = getattr(node.targets[0], 'id', '')
+        if not any(isinstance(part, ast.Name) for part in ast.walk(node.value)):  # a constant
+            expression = compile(ast.Expression(node.value), TRAIN, 'eval')
+            if name == 'limits':
+                limits = eval(expression)
+            elif not configured:
+                defaults[name] = eval(expression)
+    return defaults, limits
+
+
+def check_settings(runs):
+    """Fail as train.py does on a config file or a setting that is wrong, before any run starts."""
+    defaults, limits = train_settings()
+    for run in runs:
+        settings, _ = configure(dict(defaults), run.arguments)
+        check(settings, limits)
+
+
 def is_finished(run):
     """Return whether the run's log holds its last evaluation.
 
@@ -132,13 +160,16 @@ def is_finished(run):
     """
     if not os.path.exists(os.path.join(run.out_dir, runlog.NAME)):
         return False
-    run.entries = runlog.read(run.out_dir)
-    starts = [e['config'] for e in run.entries if e.get('kind') == 'config']
+    run.entries = runlog.read_sound(run.out_dir)
+    starts = [e['config'] for e in run.entries if e['kind'] == 'config']
+    starts = [
+        config for config in starts if {'init_from', 'max_iters', 'optimizer'} <= config.keys()
+    ]
     if not starts:
         return False
     settings = {**starts[-1], 'init_from': starts[0]['init_from']}  # a resumed run logs 'resume'
     asked, _ = configure(dict(settings), run.arguments)  # equals settings if it is the same run
-    other = [key for key in settings if asked[key] != settings[key] and key != 'out_dir']
+    other = [key for key in asked if asked[key] != settings[key] and key != 'out_dir']
     if other:
         was = ', '.join(f'{key}={settings[key]}' for key in other)
         now = ', '.join(f'{key}={asked[key]}' for key in other)
@@ -176,7 +207,8 @@ def make(runs, jobs, after):
 
     after: called in this thread with each run that is done.
     Fails with train.py's message if a run fails. The others are then stopped, as they are by
-    Ctrl-C, and each leaves a checkpoint to resume from.
+    Ctrl-C, and each leaves a checkpoint to resume from. Progress is a bar on a terminal, else a
+    line for each run that is done.
     """
     gpus = [str(i) for i in range(torch.cuda.device_count())]
     gpus = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(gpus)).split(',') if gpus else []
@@ -198,8 +230,8 @@ def make(runs, jobs, after):
         if os.path.exists(os.path.join(run.out_dir, 'ckpt.pt')):
             command.append('--init_from=resume')
         name = os.path.basename(os.path.dirname(run.out_dir))
-        with tempfile.TemporaryFile('w+') as errors:
-            pipes = {'stdout': subprocess.PIPE, 'stderr': errors, 'text': True}
+        with tempfile.TemporaryFile('w+', errors='replace') as errors:
+            pipes = {'stdout': subprocess.PIPE, 'stderr': errors, 'text': True, 'errors': 'replace'}
             process = subprocess.Popen(command, env=env, **pipes)
             running[run.out_dir] = process
             if stopped.is_set():  # set while the process started
@@ -215,17 +247,22 @@ def make(runs, jobs, after):
             errors.seek(0)
             return run, status, errors.read().strip().split('\n')[-1]
 
-    bar = tqdm(total=len(runs), unit='run', miniters=0, mininterval=1.0, smoothing=0)
+    options = {'miniters': 0, 'mininterval': 1.0, 'smoothing': 0, 'disable': None}
+    bar = tqdm(total=len(runs), unit='run', **options)
     with bar, ThreadPoolExecutor(jobs) as pool:
         try:
-            for future in as_completed([pool.submit(train, run) for run in runs]):
+            futures = [pool.submit(train, run) for run in runs]
+            for count, future in enumerate(as_completed(futures), 1):
                 run, status, error = future.result()
                 if status:
                     bar.close()  # ends its line before the message
                     fail(f'{error.removeprefix("error: ")} (status {status} of: {run.command})')
+                bar.clear()  # after() may fail: its message takes the line
                 after(run)
                 done[run.out_dir].set()
                 bar.update()
+                if bar.disable:
+                    print(f'{count} of {len(runs)}: {run.out_dir}', flush=True)
         finally:
             stopped.set()
             for event in done.values():
@@ -241,7 +278,7 @@ def result_of(run, config):
     steps = [e for e in run.entries if e['kind'] == 'train']
     speed = {}
     for key in ('ms', 'tokens_per_s', 'mfu'):
-        known = [e[key] for e in steps if e[key] is not None]
+        known = [e[key] for e in steps if e.get(key) is not None]
         speed[key] = statistics.median(known) if known else None
     ratios = {e['iter']: e['ratio'] for e in run.entries if e['kind'] == 'norms'}
     val_losses = {i: evals[i]['val_loss'] for i in sorted(evals)}
@@ -255,7 +292,7 @@ def result_of(run, config):
         'iters': last,
         'final_val_loss': val_losses[last],
         'best_val_loss': min(val_losses.values()),
-        'final_train_loss': evals[last]['train_loss'],
+        'final_train_loss': evals[last].get('train_loss'),
         'ratio': ratios[max(ratios)] if ratios else None,
         **speed,
         'val_losses': val_losses,
@@ -345,7 +382,7 @@ def report(configs, out, arguments, pictures, made):
         tried.setdefault(config.runs[0].result['optimizer'], []).append(config)
     counts, lowest = [], []
     for optimizer, group in tried.items():
-        name = plot.OPTIMIZERS[optimizer]
+        name = plot.OPTIMIZERS.get(optimizer, optimizer)
         counts.append(f'{name} {len(group)}')
         lowest.append(f'{name} {min(c.mean("final_val_loss") for c in group):.4f}')
     wheres = [made.get(run.out_dir) for config in configs for run in config.runs]
@@ -400,7 +437,7 @@ def _described(where):
     hardware = ', '.join([where['processor'], *where['gpus']])
     return (
         f'{where["date"]}: {hardware}, {where["jobs"]} at a time; '
-        f'Python {where["python"]}, torch {where["torch"]}; commit {where["commit"]}'
+        f'Python {where["python"]}, torch {where["torch"]}; nanoNorm at {where["commit"]}'
     )
 
 
@@ -418,13 +455,13 @@ def labels(configs):
 
 def mean_run(config, label, style):
     """Return the mean over a config's seeds as a plot.Run."""
-    runs = [plot.load(run.out_dir, config.name, style) for run in config.runs]
+    runs = [plot.run_of(run.entries, config.name, style) for run in config.runs]
     entries = {}
     averaged = {'train': ['loss'], 'eval': ['val_loss', 'train_loss'], 'norms': ['ratio']}
     for kind, keys in averaged.items():
         common = set.intersection(*(set(run.entries.get(kind, {})) for run in runs))
         for i in sorted(common):
-            values = {key: [run.entries[kind][i][key] for run in runs] for key in keys}
+            values = {key: [run.entries[kind][i].get(key) for run in runs] for key in keys}
             means = {key: None if None in v else statistics.fmean(v) for key, v in values.items()}
             entries.setdefault(kind, {})[i] = means
     return plot.Run(label, style, runs[0].config, entries)
@@ -489,27 +526,36 @@ def draw(configs, out):
 def read_made(path):
     """Return {out_dir: what environment() returned when the run was made}.
 
-    A line that a full disk or a kill cut off is left out.
+    A line that is cut off or damaged is left out: the report says that the run is not recorded.
     """
     if not os.path.exists(path):
         return {}
     made = {}
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
-            with suppress(ValueError):
+            try:
                 entry = json.loads(line)
-                made[entry.pop('out_dir')] = entry
+                out_dir = entry.pop('out_dir')
+                if isinstance(entry['gpus'], list) and _described(entry):
+                    made[out_dir] = entry
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                continue
     return made
+
+
+def seeds_of(text):
+    """Return the numbers of --seeds=1,2,3."""
+    words = text.split(',')
+    if all(re.fullmatch('[0-9]{1,19}', word) for word in words):
+        seeds = [int(word) for word in words]
+        if len(set(seeds)) == len(seeds) and max(seeds) < 1 << 63:
+            return seeds
+    fail(f'--seeds={text} must be different whole numbers below 2**63, as in --seeds=1,2,3')
 
 
 @matplotlib.rc_context({**plot.STYLE, 'savefig.dpi': 100})  # small files for the repository
 def main(argv):
-    parser = plot.Arguments(
-        usage=USAGE,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Arguments(__doc__, usage=USAGE, allow_abbrev=False)
     text = 'a config file; in quotes with its own settings'
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help=text)
     text = 'one run of every config with each'
@@ -519,15 +565,15 @@ def main(argv):
     text = 'runs at a time; default: one for each GPU, or else for each core'
     parser.add_argument('--jobs', type=int, help=text)
     args, common = parser.parse_known_args(argv)
-    seeds = args.seeds.split(',')
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-        fail(f'--seeds={args.seeds} must be different whole numbers, as in --seeds=1,2,3')
+    seeds = seeds_of(args.seeds)
     jobs = args.jobs if args.jobs is not None else torch.cuda.device_count() or os.cpu_count()
     if jobs < 1:
         fail(f'--jobs={args.jobs} must be at least 1')
 
-    configs = configs_of(args.configs, common, [int(seed) for seed in seeds], args.out)
+    configs = configs_of(args.configs, common, seeds, args.out)
     runs = {run.out_dir: (run, config) for config in configs for run in config.runs}
+    check_settings(run for run, _ in runs.values())
+    jobs = min(jobs, len(runs))
     missing = [run for run, _ in runs.values() if not is_finished(run)]
     made = os.path.join(args.out, 'made.jsonl')
     if missing:
@@ -537,8 +583,11 @@ def main(argv):
 
         def after(run):
             if not is_finished(run):
-                problem = f'the run in {run.out_dir} has no evaluation at its last iteration'
-                fail(f'{problem}; if it was stopped, the same command goes on')
+                fail(
+                    f'the run in {run.out_dir} has ended, but its log lacks the last evaluation: '
+                    'the log was lost or damaged. Delete that folder, and the same command makes '
+                    'the run again'
+                )
             with open(made, 'a', encoding='utf-8') as f:
                 f.write(runlog.line({'out_dir': run.out_dir, **where}))
 
@@ -557,11 +606,9 @@ def main(argv):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print('stopped; the same command goes on', file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except OSError as e:
-        problem = f'{e.filename or "the report"} cannot be written or read ({e.strerror})'
-        fail(f'{problem}; mend that, and the same command goes on')
+    with border('mend that, and the same command goes on'):
+        try:
+            main(sys.argv[1:])
+        except KeyboardInterrupt:
+            print('stopped; the same command goes on', file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Export a trained model as a folder for Hugging Face transformers.
+"""Export a model that nanoNorm trained as a folder for Hugging Face transformers.
 
     python export.py out-gpt2-cpr hf-gpt2-cpr
 
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from data.prepare import Arguments, tokenizer_of
+from data.tokenizers import add_bpe_file, tokenizer_of
 from model import GELU_APPROXIMATE, is_conv1d
-from runtime import fail
+from runtime import Arguments, border, fail
 
 
 def model_of(gpt, end):
@@ -58,7 +58,7 @@ def model_of(gpt, end):
 
 
 def tokenizer_for_transformers(tokens, block_size):
-    """Return a PreTrainedTokenizerFast equivalent to `tokens`, a tokenizer of data/prepare.py."""
+    """Return a PreTrainedTokenizerFast equivalent to `tokens`, a CharTokenizer or GPT2Tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -84,13 +84,13 @@ def tokenizer_for_transformers(tokens, block_size):
     )
 
 
-if __name__ == '__main__':
+def main():
     arguments = Arguments(__doc__)
     arguments.add_argument('out_dir', metavar='OUT_DIR')
     arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='must not exist yet')
-    arguments.add_bpe_file()
+    add_bpe_file(arguments)
     args = arguments.parse_args()
-    temporary = args.hf_dir.with_name(f'{args.hf_dir.name}.tmp')
+    temporary = Path(f'{args.hf_dir}.tmp')
     for folder in (args.hf_dir, temporary):
         if folder.exists():
             fail(f'{folder} is there already; name another folder, or remove it')
@@ -110,3 +110,8 @@ if __name__ == '__main__':
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f'{args.hf_dir}: {sum(f.stat().st_size for f in args.hf_dir.iterdir()) / 1e6:.1f} MB')
+
+
+if __name__ == '__main__':
+    with border():
+        main()

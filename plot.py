@@ -1,4 +1,4 @@
-"""Draw three pictures of one or several runs from their log.jsonl.
+"""Draw three pictures of one or several runs of nanoNorm from their log.jsonl.
 
 loss.png    validation and training loss
 ratio.png   the norm of the weights over their norm at the start
@@ -9,12 +9,12 @@ tensor.png  one tensor: squared norm and its bound kappa, growth, lambda, and th
 --watch draws them again whenever a log has grown, until Ctrl-C.
 """
 
-import argparse
 import difflib
 import os
 import re
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import matplotlib
@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 import runlog
-from runtime import fail
+from runtime import Arguments, border, fail
 
 # Okabe and Ito's colours, distinct under any colour vision. Their yellow is too pale for a line.
 BLUE, VERMILLION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
@@ -41,6 +41,8 @@ KINDS = {  # end of a parameter's name -> colour of its line
     'other': GREY,
 }
 OPTIMIZERS = {'adamw': 'AdamW', 'adamcpr': 'AdamCPR', 'adamwn': 'AdamWN'}
+# a folder's name may have letters that the font lacks: they become boxes
+warnings.filterwarnings('ignore', 'Glyph .* missing from font')
 STYLE = {
     'figure.figsize': (8, 4.5),  # inches; a README is about 800 pixels wide
     'figure.constrained_layout.use': True,
@@ -98,23 +100,30 @@ def _number(value):
     return float(value) if isinstance(value, (int, float)) and abs(value) < 3.4e38 else np.nan
 
 
-def load(out_dir, name, style):
-    """Return the run in `out_dir`. Fails if there is no log."""
-    config, entries = {}, {}
-    for entry in runlog.read(out_dir):
-        if entry.get('kind') == 'config':
-            config = entry.get('config', {})
-        elif 'iter' in entry:
-            entries.setdefault(entry.get('kind'), {})[entry['iter']] = entry
+def printable(name):
+    """Return `name` with U+FFFD for what no font can measure, and at most 60 letters."""
+    if len(name) > 60:
+        name = f'{name[:30]}…{name[-29:]}'
+    return ''.join(c if c.isprintable() else '\ufffd' for c in name)
+
+
+def run_of(entries, name, style):
+    """Return the Run of a log's entries, as runlog.read_sound() returns them."""
+    config, by_kind = {}, {}
+    for entry in entries:
+        if entry['kind'] == 'config':
+            config = entry['config']
+        elif entry['kind'] in ('train', 'eval', 'norms'):
+            by_kind.setdefault(entry['kind'], {})[entry['iter']] = entry
     optimizer = config.get('optimizer', '')
     words = re.split('[^a-z0-9]+', name.lower())
     if optimizer and optimizer not in words and optimizer.removeprefix('adam') not in words:
         name = f'{name} ({OPTIMIZERS.get(optimizer, optimizer)})'
-    return Run(name, style, config, entries)
+    return Run(printable(name), style, config, by_kind)
 
 
 def load_all(out_dirs):
-    """Return the runs, with distinct names for the legends.
+    """Return the runs in the folders, with distinct names for the legends. Fails without a log.
 
     A name is the last part of the folder, or its full path if two runs share the last part.
     Names longer than a legend has room for are shortened, and numbered if two become equal.
@@ -129,7 +138,7 @@ def load_all(out_dirs):
     for index, (out_dir, name) in enumerate(zip(out_dirs, names, strict=True)):
         dash, colour = divmod(index, len(COLOURS))
         style = {'color': COLOURS[colour], 'linestyle': DASHES[dash % len(DASHES)]}
-        runs.append(load(out_dir, name, style))
+        runs.append(run_of(runlog.read_sound(out_dir), name, style))
     return runs
 
 
@@ -303,8 +312,10 @@ def tensor_figure(runs, tensor):
         dashed = {'color': GREY, 'linestyle': '--', 'linewidth': 1.2}
         handles.append(Line2D([], [], **dashed, label='κ, its bound'))
     longest = max(len(run.name) for run in runs)
-    columns = min(4, 110 // (longest + 9))  # 110 letters a row; a line's sample takes 9
-    figure.legend(handles=handles, loc='outside upper center', ncols=columns, title=tensor)
+    columns = max(1, min(4, 110 // (longest + 9)))  # 110 letters a row; a line's sample takes 9
+    figure.legend(
+        handles=handles, loc='outside upper center', ncols=columns, title=printable(tensor)
+    )
     return figure
 
 
@@ -319,11 +330,6 @@ def save(figure, path):
             os.unlink(temporary)
         fail(f'cannot write {path} ({e.strerror}); choose another folder with --out=FOLDER')
     print(path)
-
-
-class Arguments(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f'{message}; usage: {self.usage}')
 
 
 @matplotlib.rc_context(STYLE)
@@ -375,12 +381,8 @@ def watch(args, seconds=2.0):
 
 
 def main(argv):
-    parser = Arguments(
-        usage='python plot.py OUT_DIR... [--out=FOLDER] [--tensor=NAME] [--watch]',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = 'python plot.py OUT_DIR... [--out=FOLDER] [--tensor=NAME] [--watch]'
+    parser = Arguments(__doc__, usage=usage, allow_abbrev=False)
     text = 'out_dir of a run, where its log.jsonl is'
     parser.add_argument('out_dirs', nargs='+', metavar='OUT_DIR', help=text)
     text = "where to write; default: one run's OUT_DIR, plots for several"
@@ -403,4 +405,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    with border():
+        main(sys.argv[1:])

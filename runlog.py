@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import sys
 from contextlib import suppress
 from functools import partial
 
@@ -48,6 +49,47 @@ def read(out_dir):
                 break
             fail(f'{path} is damaged at line {number}; delete that line')
     return entries
+
+
+# the fields that an entry of each kind must have, and those that must be a number or null
+REQUIRED = {
+    'config': ('config',),
+    'train': ('iter', 'loss'),
+    'eval': ('iter', 'val_loss'),
+    'norms': ('iter', 'ratio', 'tensors'),
+}
+NUMBERS = ('loss', 'val_loss', 'train_loss', 'ratio', 'ms', 'tokens_per_s', 'mfu')
+
+
+def read_sound(out_dir):
+    """Return read(out_dir) without the entries that lack a field or have one of another type.
+
+    A note on standard error says how many were left out.
+    """
+    entries = read(out_dir)
+    sound = [entry for entry in entries if _is_sound(entry)]
+    if len(sound) < len(entries):
+        damaged = f'{len(entries) - len(sound)} of its {len(entries)} entries are damaged'
+        print(f'note: {os.path.join(out_dir, NAME)}: {damaged} and left out', file=sys.stderr)
+    return sound
+
+
+def _is_sound(entry):
+    kind, iter_num = entry.get('kind'), entry.get('iter', 0)
+    if not isinstance(kind, str) or any(key not in entry for key in REQUIRED.get(kind, ())):
+        return False
+    if type(iter_num) is not int or not 0 <= iter_num < 1 << 53:  # floats have each of them
+        return False
+    config, tensors = entry.get('config', {}), entry.get('tensors', {})
+    if not isinstance(config, dict) or not isinstance(config.get('optimizer', ''), str):
+        return False
+    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+        return False
+    return all(_is_number(entry.get(key)) for key in NUMBERS)
+
+
+def _is_number(value):
+    return value is None or isinstance(value, float) or type(value) is int and abs(value) < 1 << 53
 
 
 class WandB:

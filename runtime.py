@@ -1,9 +1,12 @@
-"""Set up what all scripts share: the device, its number format, and the error line."""
+"""Set up what all scripts share: the device, its number format, arguments and the error line."""
 
+import argparse
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+import traceback
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -48,8 +51,94 @@ def fail(message):
     """
     if os.environ.get('RANK', '0') != '0':
         time.sleep(2)  # if rank 0 fails too, torchrun ends this process before it repeats the line
-    print('error: ' + shorten(str(message), 600), file=sys.stderr, flush=True)
+    words = ' '.join(_shortened(word) for word in str(message).split())  # a path may be long
+    print('error: ' + shorten(words, 600), file=sys.stderr, flush=True)
     sys.exit(2)  # not `raise SystemExit`: parallel.py notes the status
+
+
+# what reading a file or a setting, and writing one, may raise
+REFUSED = (OSError, ValueError, OverflowError, MemoryError, RecursionError)
+NO_MEMORY = ("can't allocate memory", 'out of memory', 'Storage size calculation overflowed')
+
+
+@contextmanager
+def border(remedy=None):
+    """Answer what the system, a file or a setting refuses by one `error:` line and status 2.
+
+        with border():
+            main()
+
+    Everything that a script does runs within it. It converts REFUSED and torch's RuntimeErrors
+    about memory; any other exception is a bug and keeps its traceback. NANONORM_TRACEBACK=1 in the
+    environment shows the traceback of what is converted. It flushes standard output: a full disk
+    is an error, a closed pipe (`| head`) ends the script without a word, as Ctrl-C does.
+
+    remedy: what to do, for the end of the line.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (*REFUSED, RuntimeError) as e:
+        reason = _reason(e)
+        if reason is None:
+            raise
+        if os.environ.get('NANONORM_TRACEBACK') == '1':
+            traceback.print_exc()
+        if isinstance(e, OSError) and not _can_flush(sys.stdout):
+            reason = f'standard output: {reason}'
+        if isinstance(e, BrokenPipeError):
+            _can_flush(sys.stderr)
+            sys.exit(128 + signal.SIGPIPE)
+        fail(f'{reason}; {remedy or "NANONORM_TRACEBACK=1 shows where it happened"}')
+
+
+def _reason(error):
+    """Return what the user is told of `error`, None if border() must not convert it."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return f'there is not enough memory ({_shortened(text or "MemoryError")})'
+    if isinstance(error, RecursionError):
+        return 'something is nested too deeply'
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            return error.strerror
+        return f'{_shortened(str(error.filename))}: {error.strerror}'
+    if isinstance(error, REFUSED):
+        return _shortened(text or type(error).__name__)
+    return None
+
+
+def _shortened(text, most=200):
+    return text if len(text) <= most else f'{text[: most // 2]} ... {text[-most // 2 :]}'
+
+
+def _can_flush(stream):
+    """Return whether `stream` can be written. If not, discard what it holds and will get."""
+    try:
+        if stream is not None:
+            stream.flush()
+        return True
+    except OSError:
+        with suppress(OSError, ValueError):  # a test's stream has no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+
+
+class Arguments(argparse.ArgumentParser):
+    """Parse a script's arguments; --help prints its docstring. Fails on wrong arguments."""
+
+    def __init__(self, doc, **options):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=form, **options)
+
+    def error(self, message):
+        usage = f'; usage: {self.usage}' if self.usage else ''
+        fail(f'{message}{usage}; --help lists what there is')
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""Sample text from a trained model and write it to standard output token by token.
+"""Sample text from a model that nanoNorm or another GPT-2 trainer made, token by token.
 
-python sample.py --out_dir=out-char --start='def ' --num_samples=3
-python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
+    python sample.py --out_dir=out-char --start='def ' --num_samples=3
+    python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt
+
+The text goes to standard output.
 """
 
 import os
@@ -11,9 +13,9 @@ import torch
 
 import checkpoint
 from configurator import configure
-from data.prepare import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_of
+from data.tokenizers import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_of
 from model import GPT
-from runtime import fail, setup
+from runtime import border, fail, setup
 
 init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, 'gpt2', ... or a folder
 out_dir = 'out'  # where 'resume' finds ckpt.pt
@@ -27,7 +29,8 @@ seed = 1337  # the same seed draws the same text
 device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' takes the fastest there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes the device's fastest
 compile = False  # torch.compile: takes minutes, pays off for many samples
-configure(globals())
+with border():
+    configure(globals())
 
 
 def whole_characters(ids, decode):
@@ -49,41 +52,58 @@ def whole_characters(ids, decode):
     yield decode(pending)[shown:]
 
 
-for name, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 1}.items():
-    if not globals()[name] >= least:
-        fail(f'{name}={globals()[name]} must be at least {least}')
-prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
-if not prompt:
-    fail('start is empty: there is nothing to continue; give some text, or leave it out')
-rt = setup(device, dtype, seed)
+def prompt_of(start):
+    """Return the text of the setting `start`. Fails if it is empty or its file cannot be read."""
+    prompt = read_text(start.removeprefix('FILE:')) if start.startswith('FILE:') else start
+    if not prompt:
+        fail('start is empty: there is nothing to continue; give some text, or leave it out')
+    return prompt
 
-if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
-    path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
-    model, saved = checkpoint.load_model(path)
-    tokens = tokenizer_of(path, saved, bpe_file)
-else:
+
+def load():
+    """Return the model and the tokenizer that the settings name."""
+    if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
+        path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+        model, saved = checkpoint.load_model(path)
+        return model, tokenizer_of(path, saved, bpe_file)
     try:
         model = GPT.from_pretrained(init_from)
     except ValueError as e:
         fail(e)
     remedy = "of the models on the hub those with GPT-2's tokenizer can be sampled"
     check_vocabulary(model.config.vocab_size, GPT2Tokenizer.meta, remedy)
-    tokens = GPT2Tokenizer(bpe_file)
-try:
-    ids = tokens.encode(prompt)
-except ValueError as e:
-    fail(f'start cannot be the prompt: {e}')
+    return model, GPT2Tokenizer(bpe_file)
 
-for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without a message
-    signal.signal(number, signal.SIG_DFL)
-model.eval().to(rt.device)
-if compile:
-    model.compile()
-x = torch.tensor([ids], device=rt.device)
-with rt.autocast():
-    for _ in range(num_samples):
-        print(prompt, end='', flush=True)
-        drawn = (token.item() for token in model.stream(x, max_new_tokens, temperature, top_k))
-        for text in whole_characters(drawn, tokens.decode):
-            print(text, end='', flush=True)
-        print('\n---------------')
+
+with border():
+    for name, least in {
+        'num_samples': 1,
+        'max_new_tokens': 1,
+        'temperature': 0,
+        'top_k': 1,
+    }.items():
+        if not globals()[name] >= least:
+            fail(f'{name}={globals()[name]} must be at least {least}')
+    if temperature < 1e-10:  # logits divided by it would overflow
+        temperature = 0.0
+    prompt = prompt_of(start)
+    rt = setup(device, dtype, seed)
+    model, tokens = load()
+    try:
+        ids = tokens.encode(prompt)
+    except ValueError as e:
+        fail(f'start cannot be the prompt: {e}')
+
+    for number in (signal.SIGINT, signal.SIGPIPE):  # Ctrl-C and `| head` end it without a message
+        signal.signal(number, signal.SIG_DFL)
+    model.eval().to(rt.device)
+    if compile:
+        model.compile()
+    x = torch.tensor([ids], device=rt.device)
+    with rt.autocast():
+        for _ in range(num_samples):
+            print(prompt, end='', flush=True)
+            drawn = (token.item() for token in model.stream(x, max_new_tokens, temperature, top_k))
+            for text in whole_characters(drawn, tokens.decode):
+                print(text, end='', flush=True)
+            print('\n---------------')

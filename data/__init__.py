@@ -1,1 +1,1 @@
-"""Token data: prepare.py writes it, tokens.py reads it, and each folder here is a data set."""
+"""Token data. tokens.py reads it, writer.py writes it; each folder here is a data set."""

@@ -113,7 +113,7 @@ class TokenData:
 
 
 def read_meta(folder):
-    """Return the dict in folder/meta.json (see write_dataset in data/prepare.py), or None.
+    """Return the dict in folder/meta.json (see write_dataset in data/writer.py), or None.
 
     If only nanoGPT's meta.pkl is there, return the equivalent dict. Return None without either.
     """
@@ -123,15 +123,28 @@ def read_meta(folder):
         return None
     try:
         meta = readers[path.name](path.read_bytes())
-        sound = meta['dtype'] in ('uint16', 'uint32') and meta['vocab_size'] > 0
-        if meta['tokenizer'] == 'char':
-            sound = sound and len(meta['itos']) == meta['vocab_size']
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        sound = _is_sound(meta)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound:
         problem = f'{path} does not describe a data set of 16- or 32-bit tokens'
         fail(f'{problem}; {_remedy(Path(folder))}')
     return meta
+
+
+def _is_sound(meta):
+    """Return whether the fields of `meta` that the program reads are of the expected types."""
+    vocab_size, itos = meta['vocab_size'], meta.get('itos')
+    lengths = [meta.get(f'{split}_tokens', 0) for split in SPLITS]
+    sound = meta['dtype'] in ('uint16', 'uint32') and isinstance(meta['tokenizer'], str)
+    sound = sound and all(type(number) is int for number in (vocab_size, *lengths))
+    if meta['tokenizer'] == 'char':
+        sound = sound and len(itos) == vocab_size and all(map(_is_character, itos))
+    return sound and 0 < vocab_size <= 1 << 32
+
+
+def _is_character(text):
+    return isinstance(text, str) and len(text) == 1
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -151,23 +164,17 @@ def _meta_of_nanogpt(pickled):
     except Exception as e:  # arbitrary bytes may raise any type
         raise ValueError(str(e)) from e
     itos = [meta['itos'][i] for i in range(len(meta['itos']))]
-    if not all(isinstance(c, str) and len(c) == 1 for c in itos):
-        raise ValueError('itos is not made of characters')
     return {'tokenizer': 'char', 'vocab_size': meta['vocab_size'], 'itos': itos, 'dtype': 'uint16'}
 
 
-def _holds_data_sets(folder):
-    """Return whether `folder` is data/ itself, whose prepare.py is no script."""
-    return folder.resolve() == Path(__file__).resolve().parent
-
-
 def _remedy(folder):
-    has_script = (folder / 'prepare.py').is_file() and not _holds_data_sets(folder)
+    has_script = (folder / 'prepare.py').is_file()
     return f'run: python {folder / "prepare.py"}' if has_script else f'prepare {folder} again'
 
 
 def _fail_unprepared(folder):
-    above = folder if _holds_data_sets(folder) else folder.parent
+    holds_data_sets = folder.resolve() == Path(__file__).resolve().parent
+    above = folder if holds_data_sets else folder.parent
     if folder.is_dir() and above != folder:
         fail(f'the data set {folder} is not prepared; {_remedy(folder)}')
     files = [*above.glob('*/prepare.py'), *above.glob('*/train.bin')]

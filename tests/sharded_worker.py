@@ -48,7 +48,9 @@ def compare(cls, options, impl, mesh, placements):
     reference, opt = cls(whole, impl='torch', **options), cls(sharded, impl=impl, **options)
     if cls is AdamWN:
         for optimizer, params in ((reference, whole), (opt, sharded)):
-            optimizer.set_ratios({params[0]: 0.5})
+            optimizer.param_groups[0]['ramp'] = 0.6
+            if optimizer.scope == 'tensor':
+                optimizer.set_ratios({params[0]: 0.5})
     worst = 0.0
     for step in range(STEPS):
         for j, (p, q) in enumerate(zip(whole, sharded, strict=True)):
@@ -87,7 +89,7 @@ def cases():
         options = dict(reg_step_size=2, reg_ema_decay=0.0, **common)
         yield f'cpr inflection_point {order}', AdamCPR, options
         for scope in ('tensor', 'global'):
-            options = dict(rate=0.3, ratio=1.5, ramp=0.6, scope=scope, **common)
+            options = dict(rate=0.3, ratio=1.5, scope=scope, **common)
             yield f'wn {scope} {order}', AdamWN, options
     yield 'adamw', AdamW, dict(lr=0.05, weight_decay=0.5, max_grad_norm=1.0)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from test_plot import write_log
 
 import compare
 import runlog
-from kernels import plain
+from cpr import AdamCPR
 
 ADAMW, WN = 'config/train_char_adamw.py', 'config/train_char_wn.py'
 SMALL = [word for word in TINY if not word.startswith('--eval_iters')] + ['--log_interval=2']
@@ -257,10 +258,127 @@ def test_other_settings_than_those_of_the_runs_there_are_refused(recipe, monkeyp
     assert files(out) == before
 
 
+@pytest.fixture
+def kept(recipe, tmp_path, monkeypatch, capsys):
+    """Return (folder, call): a copy of the recipe's first config, and compare.py to run on it.
+
+    call(...) returns (exit status, standard output, standard error).
+    """
+    out = tmp_path / 'kept'
+    shutil.copytree(recipe[0] / 'runs' / 'train_char_adamw', out / 'runs' / 'train_char_adamw')
+    shutil.copy(recipe[0] / 'made.jsonl', out)
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        capsys.readouterr()
+        words = [word for word in recipe[1] if not word.startswith(WN)]
+        try:
+            compare.main([*words, f'--out={out}', *SMALL, *arguments])
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return out, call
+
+
+def damage(path, number, line):
+    lines = path.read_text().splitlines()
+    lines[number] = json.dumps(line)
+    path.write_text('\n'.join(lines) + '\n')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'kind': None},
+        {'kind': 7},
+        {'iter': 'one'},
+        {'iter': None},
+        {'val_loss': 'low', 'loss': 'low', 'ratio': 'low'},
+        {'ms': 'slow'},
+        {'train_loss': []},
+    ],
+)
+def test_a_damaged_entry_of_a_log_is_left_out_with_a_word(kept, change):
+    out, call = kept
+    path = out / 'runs' / 'train_char_adamw' / 'seed1' / 'log.jsonl'
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for kind in ('norms', 'eval', 'train'):  # the first of each, at iteration 0
+        number = next(i for i, entry in enumerate(entries) if entry['kind'] == kind)
+        damage(path, number, {**entries[number], **change})
+    status, _, err = call()
+    assert status == 0 and err.startswith(f'note: {path}: ') and err.count('\n') == 1
+    assert 'entries are damaged and left out' in err
+
+
+def test_a_damaged_made_jsonl_is_left_out(kept):
+    out, call = kept
+    whole = json.loads((out / 'made.jsonl').read_text().splitlines()[0])
+    out_dirs = [str(path) for path in sorted((out / 'runs').glob('*/*'))]
+    lines = ['7', '[]', 'null', '{"out_dir": []}', '[' * 100000, '\xff', '{"date": 7}']
+    for gpus in (None, [7], 'x'):
+        lines.append(json.dumps({**whole, 'out_dir': out_dirs[0], 'gpus': gpus}))
+    lines.append(json.dumps({**whole, 'out_dir': out_dirs[1], 'date': 'a sunny day'}))
+    (out / 'made.jsonl').write_text('\n'.join(lines))
+    assert call()[0] == 0
+    text = (out / 'report.md').read_text()
+    assert '- not recorded' in text and '- a sunny day' in text and 'nanoNorm at' in text
+
+
+def test_a_run_whose_log_was_lost_after_its_end_says_how_to_go_on(recipe, kept):
+    out, _ = kept
+    (out / 'runs' / 'train_char_adamw' / 'seed2' / 'log.jsonl').unlink()
+    process = start(out, *(word for word in recipe[1] if not word.startswith(WN)))
+    _, err = process.communicate()
+    assert process.returncode == 2 and err.startswith('error: ') and err.count('\n') == 1
+    assert f'{out}/runs/train_char_adamw/seed2' in err and 'Delete that folder' in err
+
+
+@pytest.mark.parametrize(
+    'config, says',
+    [
+        (f'{ADAMW} --weight_decai=1', "did you mean 'weight_decay'?"),
+        (f'{ADAMW} --weight_decay=much', "weight_decay='much'"),
+        (f'{ADAMW} --dropout=1.5', 'dropout=1.5 must be in [0, 1)'),
+        (f'{ADAMW} --optimizer=sgd', "optimizer='sgd' must be one of adamw"),
+        ('config/train_char_adamww.py', 'did you mean config/train_char_adamw.py?'),
+    ],
+)
+def test_a_mistake_in_a_setting_is_found_before_any_run_starts(
+    kept, monkeypatch, capsys, config, says
+):
+    out, _ = kept
+    monkeypatch.setattr(subprocess, 'Popen', None)  # nothing can start
+    with pytest.raises(SystemExit, match='2'):
+        compare.main([ADAMW, config, '--seeds=7', f'--out={out}', *SMALL])
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and err.count('\n') == 1 and says in err
+
+
+def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
+    out, call = kept
+    shutil.rmtree(out / 'runs')
+    asked = []
+
+    def make(runs, jobs, after):
+        asked.append(jobs)
+        raise SystemExit(3)
+
+    monkeypatch.setattr(compare, 'make', make)
+    assert call('--jobs=1000000000')[0] == 3 and asked == [2]
+
+
 @pytest.mark.parametrize(
     'arguments, says',
     [
         ([ADAMW, '--out=x', '--seeds=1,1'], '--seeds=1,1'),
+        ([ADAMW, '--out=x', '--seeds=1,01'], '--seeds=1,01'),
+        ([ADAMW, '--out=x', '--seeds=１'], 'different whole numbers'),
+        ([ADAMW, '--out=x', '--seeds=-1'], '--seeds=-1'),
+        ([ADAMW, '--out=x', f'--seeds={1 << 63}'], 'below 2**63'),
+        ([ADAMW, '--out=x', '--seeds=' + '9' * 5000], 'below 2**63'),
+        ([ADAMW, '--out=x', '--seeds='], 'different whole numbers'),
         ([ADAMW, '--out=x', '--seeds=one'], '--seeds=one'),
         ([ADAMW, '--out=x', '--jobs=-1'], '--jobs=-1'),
         ([ADAMW], '--out'),
@@ -297,7 +415,7 @@ def test_a_mistake_in_a_config_is_what_train_py_says(tmp_path, dataset):
 def test_the_studys_detector_fires_on_weights_that_stand_still(
     script, dataset, tmp_path, monkeypatch, at_zero
 ):
-    monkeypatch.setattr(plain, '_slows_down', plain._slows_down)  # the file puts its own there
+    monkeypatch.setattr(AdamCPR, 'slows_down', AdamCPR.slows_down)  # the file replaces it
     files = ['config/train_scarce_cpr.py', *['results/detector/zero_started.py'] * at_zero]
     outcome = script(
         'train.py',
@@ -305,8 +423,8 @@ def test_the_studys_detector_fires_on_weights_that_stand_still(
         *SMALL,
         f'--dataset={dataset}',
         f'--out_dir={tmp_path}',
-        '--learning_rate=0.0',
-        '--min_lr=0.0',
+        '--learning_rate=1e-30',  # at 0 a step decides nothing; this one moves no float32
+        '--min_lr=1e-30',
         '--reg_step_size=1',
         '--norm_log_interval=1',
     )

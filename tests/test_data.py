@@ -1,5 +1,6 @@
 """Test data/: complete data sets or none, batches that are pure functions, and mistakes."""
 
+import base64
 import fcntl
 import gc
 import http.client
@@ -9,6 +10,7 @@ import os
 import pickle
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,9 +27,10 @@ import tiktoken.load
 import torch
 
 from data import tokens
-from data.prepare import CharTokenizer, GPT2Tokenizer, hold, read_text, tokenizer, write_dataset
 from data.pystdlib_char.prepare import collect, prepare
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, read_text, tokenizer
 from data.tokens import TokenData, prefetch, read_meta, to_device
+from data.writer import hold, write_dataset
 
 ROOT = Path(__file__).parents[1]
 CHAR = CharTokenizer(['\n', ' ', 'a', 'b', 'é', '𝄞'])
@@ -42,7 +45,7 @@ def write(folder, train, val=range(6), vocab_size=6):
 class Ids:
     """A tokenizer whose texts are token ids already."""
 
-    end = None
+    end = vocabulary = None
 
     def __init__(self, vocab_size):
         itos = [chr(0x10000 + i) for i in range(vocab_size)]
@@ -243,10 +246,40 @@ def regex_of(pattern, bpe_file):
 
 
 def test_a_vocabulary_that_is_not_gpt2s_is_named(bpe_file, tmp_path, fails):
-    (tmp_path / 'short').write_bytes(bpe_file.read_bytes()[:1000].rsplit(b'\n', 1)[0])
+    lines = bpe_file.read_bytes().splitlines(keepends=True)
+    (tmp_path / 'short').write_bytes(b''.join(lines[:100]))
     (tmp_path / 'prose').write_text('no vocabulary\n')
-    for path in (tmp_path / 'short', tmp_path / 'prose', tmp_path / 'missing'):
-        assert f"{path} is not GPT-2's vocabulary" in fails(GPT2Tokenizer, path)
+    lines[7] = base64.b64encode(b'abc') + b' 7\n'  # the byte 7 cannot be encoded
+    (tmp_path / 'byteless').write_bytes(b''.join(lines))
+    for name in ('short', 'prose', 'byteless', 'missing', '.'):
+        assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(
+            GPT2Tokenizer, tmp_path / name
+        )
+
+
+@pytest.fixture
+def other_bpe_file(bpe_file, tmp_path):
+    """Return a vocabulary with the ranks of the bytes a and b exchanged."""
+    lines = bpe_file.read_bytes().splitlines(keepends=True)
+    lines[97], lines[98] = base64.b64encode(b'b') + b' 97\n', base64.b64encode(b'a') + b' 98\n'
+    (tmp_path / 'other.tiktoken').write_bytes(b''.join(lines))
+    return tmp_path / 'other.tiktoken'
+
+
+def test_a_vocabulary_that_was_replaced_under_its_name_is_read_anew(
+    bpe_file, other_bpe_file, tmp_path, monkeypatch
+):
+    for folder, source in (('one', bpe_file), ('two', other_bpe_file)):
+        (tmp_path / folder).mkdir()
+        shutil.copy(source, tmp_path / folder / 'gpt2.tiktoken')
+        monkeypatch.chdir(tmp_path / folder)
+        gpt2 = GPT2Tokenizer('gpt2.tiktoken')  # the same relative name in another folder
+        assert gpt2.encode('a') == [97 if folder == 'one' else 98]
+    shutil.copy(bpe_file, 'gpt2.tiktoken')
+    assert GPT2Tokenizer('gpt2.tiktoken').encode('a') == [97]
+    write_dataset(tmp_path / 'set', {'train': ['aab'], 'val': ['a b']}, gpt2, {})
+    kept = tokenizer(read_meta(tmp_path / 'set'), tmp_path / 'set')  # those that the ids are of
+    assert kept.decode(TokenData(tmp_path / 'set').splits['train'].tolist()) == 'aab'
 
 
 def test_gpt2_tokenizer_without_cache_and_network_says_what_to_do(monkeypatch, fails):
@@ -264,7 +297,7 @@ def test_an_unknown_tokenizer_is_named(fails):
 
 def test_character_level_work_does_not_need_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)  # importing it raises ImportError
-    fresh = runpy.run_path(ROOT / 'data/prepare.py')
+    fresh = runpy.run_path(ROOT / 'data/tokenizers.py')
     assert fresh['tokenizer']({'tokenizer': 'char', 'itos': ['a']}).encode('a') == [0]
 
 
@@ -311,7 +344,7 @@ def test_nanogpt_finds_its_meta_pkl_and_no_older_one_stays(tmp_path, bpe_file):
 
 
 def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr('data.prepare.cores', lambda: 3)
+    monkeypatch.setattr('data.writer.cores', lambda: 3)
     documents = [[i] * (i % 7) for i in range(1000)]  # among them empty ones
     write_dataset(tmp_path, {'train': documents, 'val': [[1, 1]]}, Ids(1000), {})
     written = TokenData(tmp_path, None, 1000).splits['train'].tolist()
@@ -321,9 +354,9 @@ def test_documents_keep_their_order_over_all_threads(tmp_path, monkeypatch):
 @pytest.mark.parametrize('moment', [1, 8, 20, 33])
 def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
     """A call that is killed while it slices its documents does not slice most of them again."""
-    monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
-    monkeypatch.setattr('data.prepare.DOCUMENTS_A_TASK', 32)
-    monkeypatch.setattr('data.prepare.cores', lambda: 1)
+    monkeypatch.setattr('data.writer.PROGRESS_SECONDS', 0)
+    monkeypatch.setattr('data.writer.DOCUMENTS_A_TASK', 32)
+    monkeypatch.setattr('data.writer.cores', lambda: 1)
     documents = {'train': [[i] for i in range(1000)], 'val': [[7]] * 40}  # 32 tasks and 2
     ids, asked = Ids(1000), tmp_path / 'asked'
 
@@ -354,9 +387,9 @@ def test_killed_at_work_it_goes_on_where_it_was(tmp_path, monkeypatch, moment):
     assert sorted(contents(tmp_path / 'out')) == FILES
 
 
-def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monkeypatch, fails):
-    monkeypatch.setattr('data.prepare.cores', lambda: 1)
-    monkeypatch.setattr('data.prepare.PROGRESS_SECONDS', 0)
+def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr('data.writer.cores', lambda: 1)
+    monkeypatch.setattr('data.writer.PROGRESS_SECONDS', 0)
 
     class Broken(list):
         def __getitem__(self, part):
@@ -365,11 +398,58 @@ def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monke
             return super().__getitem__(part)
 
     broken = {'train': Broken([[1]] * 100), 'val': [[1, 1]]}
-    error = fails(write_dataset, tmp_path, broken, Ids(5), {}, fingerprint='a')
-    assert 'row 64 has no text' in error
+    with pytest.raises(ValueError, match='row 64 has no text'):
+        write_dataset(tmp_path, broken, Ids(5), {}, fingerprint='a')
+    assert contents(tmp_path) == {}
     write_dataset(tmp_path, {'train': [[2]] * 100, 'val': [[2, 2]]}, Ids(5), {}, fingerprint='b')
     assert set(TokenData(tmp_path, None, 5).splits['train'].tolist()) == {2}
     assert sorted(contents(tmp_path)) == FILES
+
+
+def interrupted(folder, tokenizer, monkeypatch):
+    """Write a data set up to the moment when only the renaming is left."""
+    with monkeypatch.context() as m:
+        m.setattr('data.writer._commit', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit, match='130'):
+            write_dataset(folder, DOCUMENTS, tokenizer, {}, fingerprint='x')
+
+
+DOCUMENTS = {'train': ['ab'] * 70, 'val': ['ba'] * 3}
+
+
+def test_what_was_begun_with_another_vocabulary_is_not_gone_on_with(
+    tmp_path, monkeypatch, bpe_file, other_bpe_file
+):
+    for name, first in (('mixed', bpe_file), ('pure', other_bpe_file)):
+        interrupted(tmp_path / name, GPT2Tokenizer(first), monkeypatch)
+        write_dataset(
+            tmp_path / name, DOCUMENTS, GPT2Tokenizer(other_bpe_file), {}, fingerprint='x'
+        )
+    assert contents(tmp_path / 'mixed') == contents(tmp_path / 'pure')
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda progress: b'',
+        lambda progress: bytes(len(progress)),
+        lambda progress: progress[:-5],
+        lambda progress: b'[' * 100000,
+        lambda progress: b'7',
+        lambda progress: json.dumps({**json.loads(progress), 'train': None}).encode(),
+        lambda progress: json.dumps({**json.loads(progress), 'train': [70, -1]}).encode(),
+        lambda progress: json.dumps({**json.loads(progress), 'val': [9, 6]}).encode(),
+        lambda progress: json.dumps({'identity': json.loads(progress)['identity']}).encode(),
+    ],
+)
+def test_progress_that_a_power_cut_damaged_is_not_gone_on_with(tmp_path, monkeypatch, damage):
+    interrupted(tmp_path, CHAR, monkeypatch)
+    path = tmp_path / 'progress.json.tmp'
+    path.write_bytes(damage(path.read_bytes()))
+    write_dataset(tmp_path, DOCUMENTS, CHAR, {}, fingerprint='x')
+    data = TokenData(tmp_path)
+    assert CHAR.decode(data.splits['train']) == 'ab' * 70
+    assert CHAR.decode(data.splits['val']) == 'ba' * 3 and sorted(contents(tmp_path)) == FILES
 
 
 def test_two_processes_do_not_write_to_one_folder(tmp_path, fails):
@@ -531,6 +611,10 @@ def test_no_meta_json_means_gpt2_tokens_as_in_nanogpt(numbered):
         '{"tokenizer": "gpt2", "dtype": "uint16"}',
         '{"tokenizer": "gpt2", "dtype": "float32", "vocab_size": 5}',
         '{"tokenizer": "char", "dtype": "uint16", "vocab_size": 5, "itos": ["a"]}',
+        '{"tokenizer": "char", "dtype": "uint16", "vocab_size": 1, "itos": [1]}',
+        '{"tokenizer": "gpt2", "dtype": "uint16", "vocab_size": 5.0}',
+        '{"tokenizer": null, "dtype": "uint16", "vocab_size": 5}',
+        '{"tokenizer": "gpt2", "dtype": "uint16", "vocab_size": 5, "train_tokens": "5"}',
     ],
 )
 def test_a_damaged_meta_json_is_named(numbered, fails, text):
@@ -598,7 +682,7 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp('checkout')
     names = 'pystdlib_char', 'shakespeare_char', 'shakespeare_scarce', 'shakespeare'
     scripts = [f'data/{name}/prepare.py' for name in (*names, 'text', 'openwebtext')]
-    for path in ('runtime.py', 'data/prepare.py', 'data/tokens.py', *scripts):
+    for path in ('runtime.py', 'data/tokenizers.py', 'data/tokens.py', 'data/writer.py', *scripts):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, root / path)
     return root

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import checkpoint
-from data.prepare import CharTokenizer, GPT2Tokenizer, tokenizer, write_dataset
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer
+from data.writer import write_dataset
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -138,6 +139,26 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_se
         assert outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
         assert says in outcome.err and not (tmp_path / 'hf').exists()
     assert (tmp_path / 'taken.tmp').exists()
+
+
+@pytest.mark.parametrize(
+    'change', [{'vocab_size': '7'}, {'tokenizer': []}, {'dtype': {}}, {'val_tokens': 'all'}]
+)
+def test_a_meta_json_whose_fields_are_of_other_types_is_named(script, tmp_path, gpt2_set, change):
+    save(tmp_path / 'out', gpt2_set)
+    path = gpt2_set / 'meta.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
+    assert outcome.status == 2 and f'{path} does not describe' in outcome.err
+    assert outcome.err.count('\n') == 1 and not (tmp_path / 'hf').exists()
+
+
+def test_a_folder_that_cannot_be_is_one_line(script, tmp_path, gpt2_set):
+    save(tmp_path / 'out', gpt2_set)
+    for folder in ('x' * 5000, 'a\0b', 'a\ud800b', '.', '/', tmp_path / 'out' / 'ckpt.pt' / 'hf'):
+        outcome = script('export.py', tmp_path / 'out', folder)
+        assert outcome.status == 2 and outcome.err.startswith('error: ')
+        assert outcome.err.count('\n') == 1
 
 
 def test_without_transformers_the_command_is_named(script, tmp_path, gpt2_set, monkeypatch):

@@ -283,3 +283,14 @@ def test_a_tensor_that_starts_at_zero_is_nothing_to_warn_of_elsewhere(make_it):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         stepped(make_it(params), params)
+
+
+def test_a_frozen_tensor_and_one_without_elements_are_nothing_to_warn_of():
+    frozen, empty, trained = (nn.Parameter(torch.zeros(s)) for s in ((3, 4), (0, 4), (2, 2)))
+    nn.init.ones_(trained)
+    optimizer = AdamWN([('frozen', frozen), ('empty', empty), ('trained', trained)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        train(optimizer, [frozen, empty, trained], [[None, torch.ones(0, 4), torch.ones(2, 2)]] * 2)
+    with pytest.warns(UserWarning, match='frozen'):
+        stepped(optimizer, [frozen, empty, trained], 1)

@@ -158,6 +158,47 @@ def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
     assert [run.name[:2] for run in plot.load_all(folders)] == ['1:', '2:']
 
 
+@pytest.mark.parametrize(
+    'damaged',
+    [
+        {},
+        {'kind': None},
+        {'kind': ['train'], 'iter': 5, 'loss': 9},
+        {'kind': 'train', 'loss': 9},
+        {'kind': 'train', 'iter': None, 'loss': 9},
+        {'kind': 'train', 'iter': '5', 'loss': 9},
+        {'kind': 'train', 'iter': [5], 'loss': 9},
+        {'kind': 'train', 'iter': 10**400, 'loss': 9},
+        {'kind': 'train', 'iter': 5, 'loss': 'high'},
+        {'kind': 'train', 'iter': 5},
+        {'kind': 'eval', 'iter': 5},
+        {'kind': 'eval', 'iter': 5, 'val_loss': {}},
+        {'kind': 'norms', 'iter': 5, 'ratio': '1', 'tensors': {}},
+        {'kind': 'norms', 'iter': 5, 'ratio': 1, 'tensors': []},
+        {'kind': 'norms', 'iter': 5, 'ratio': 1, 'tensors': {WTE: 5}},
+        {'kind': 'config', 'config': 'all'},
+        {'kind': 'config', 'config': {'optimizer': 7}},
+    ],
+)
+def test_an_entry_that_is_damaged_is_left_out_with_a_word(tmp_path, capsys, damaged):
+    sound = [*losses(), *norms()]
+    expected = load(tmp_path, sound)
+    assert capsys.readouterr().err == ''
+    run = load(tmp_path, [damaged, *sound, damaged])
+    assert run == expected
+    note = f'note: {tmp_path}/run/log.jsonl: 2 of its {len(sound) + 2} entries are damaged'
+    assert capsys.readouterr().err == f'{note} and left out\n'
+
+
+def test_values_of_a_tensor_that_are_no_numbers_are_nan(tmp_path):
+    odd = {'norm': 'x', 'ratio': [], 'kappa': 10**400, 'lagmul': {}}
+    entry = {'kind': 'norms', 'iter': 5, 'ratio': 1.0, 'tensors': {WTE: odd}}
+    run = load(tmp_path, [entry, *losses()])
+    for key in odd:
+        assert np.isnan(run.series('norms', key, WTE)[1]).all()
+    plot.main([str(tmp_path / 'run')])
+
+
 # ---------------------------------------------------------------------------- choosing the tensor
 
 
@@ -267,6 +308,18 @@ def test_a_log_of_one_iteration_shows_points(tmp_path):
         assert shows(tmp_path / 'run' / f'{name}.png', colour)
 
 
+@pytest.mark.parametrize('name', ['a\udcffb', 'a\x01b', '数', 'x' * 250])
+def test_names_that_the_font_does_not_have_are_drawn(tmp_path, capsys, name):
+    optimizer = {'kind': 'config', 'config': {'optimizer': name}}
+    entries = [entry for entry in norms() if entry['kind'] == 'norms']
+    for entry in entries:
+        entry['tensors'][name] = entry['tensors'][C_FC]
+    out_dir = write_log(tmp_path / name, [optimizer, *losses(), *entries])
+    plot.main([out_dir, f'--out={tmp_path}/pictures', f'--tensor={name}'])
+    assert shows(tmp_path / 'pictures' / 'tensor.png', plot.BLUE)
+    assert capsys.readouterr().err == ''
+
+
 def test_a_run_without_norms_is_noted_and_left_out(tmp_path, runs, capsys):
     short = write_log(tmp_path / 'short', losses())
     plot.main([short])
@@ -367,6 +420,28 @@ def test_the_command_draws_without_a_display(runs):
     done = plot_py(runs[0])
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.split() == [f'{runs[0]}/{name}.png' for name in ('loss', 'ratio', 'tensor')]
+
+
+@pytest.mark.parametrize('closed', ['pipe', 'disk'])
+def test_the_pictures_are_drawn_where_their_names_cannot_be_printed(runs, closed):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = writer if closed == 'pipe' else os.open('/dev/full', os.O_WRONLY)
+    env = {**os.environ, 'PYTHONUNBUFFERED': ''}
+    options = {'cwd': ROOT, 'env': env, 'stdout': stdout, 'stderr': subprocess.PIPE, 'text': True}
+    done = subprocess.run([sys.executable, 'plot.py', runs[0]], **options)
+    assert sorted(os.listdir(runs[0])) == ['log.jsonl', 'loss.png', 'ratio.png', 'tensor.png']
+    if closed == 'pipe':
+        assert (done.returncode, done.stderr) == (141, '')
+    else:
+        assert done.returncode == 2 and done.stderr.count('\n') == 1
+        assert done.stderr.startswith('error: standard output: No space left on device')
+
+
+def test_the_help_names_the_project(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        plot.main(['--help'])
+    assert 'nanoNorm' in capsys.readouterr().out
 
 
 def test_the_command_ends_with_status_2_and_no_traceback(tmp_path):

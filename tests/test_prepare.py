@@ -22,8 +22,9 @@ import tiktoken.load
 from conftest import ROOT
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from data.prepare import hold, tokenizer
+from data.tokenizers import tokenizer
 from data.tokens import TokenData, read_meta
+from data.writer import hold
 
 TEXTS = [f'Document {i}\n\n  of{" words" * (i % 50)}, éÿ 数 <|endoftext|>' for i in range(150)]
 TEXTS.append('')
@@ -179,6 +180,7 @@ NOT_THERE = "the column 'text' of {p}/a.parquet is not there; --text_column=NAME
         ({'a.jsonl': LINE, 'b.jsonl': HALF_A_LINE}, '{p}/b.jsonl cannot be read'),
         ({'a.jsonl.gz': GZIPPED, 'b.jsonl.gz': GZIPPED[:9]}, '{p}/b.jsonl.gz cannot be read'),
         pytest.param({'a.jsonl.lz4': b''}, 'run: pip install lz4', marks=without_lz4),
+        ({'a.jsonl': b'{"text": "caf\xe9"}\n' * 40}, 'is not UTF-8'),
         ({}, 'no file is called'),
         ({'a.csv': b'text\nx\n'}, 'a.csv is of no known format'),
         ({'a.txt': b'x', 'b.json': b'x'}, 'json and text'),
@@ -249,11 +251,10 @@ def test_a_full_disk_keeps_what_was_done_and_the_same_command_goes_on(
 ):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS)
     prepare('openwebtext', '--data_files', path, out='whole')
-    calls, fsync = [], os.fsync
+    fsync = os.fsync
 
     def full(fd):
-        calls.append(fd)
-        if len(calls) > 2:  # after the tokens and the progress of train.bin
+        if os.readlink(f'/proc/self/fd/{fd}').endswith('val.bin.tmp'):
             raise OSError(28, 'No space left on device')
         fsync(fd)
 
@@ -292,7 +293,7 @@ def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr('data.prepare._commit', interrupted)
+        m.setattr('data.writer._commit', interrupted)
         status, err = prepare('openwebtext', '--data_files', path)
     assert status == 130 and 'the same command goes on' in err and 'Traceback' not in err
     assert prepare('openwebtext', '--data_files', path) == (0, '')
@@ -301,13 +302,86 @@ def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
 def test_what_was_interrupted_does_not_go_on_with_another_text(prepare, tmp_path, monkeypatch):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS)
     with monkeypatch.context() as m:
-        m.setattr('data.prepare._commit', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        m.setattr('data.writer._commit', lambda *_: os.kill(os.getpid(), signal.SIGINT))
         assert prepare('openwebtext', '--data_files', path)[0] == 130
     write_parquet(path, [text.upper() for text in TEXTS])  # as many rows as before
     assert prepare('openwebtext', '--data_files', path) == (0, '')
     prepare('openwebtext', '--data_files', path, out='whole')
     for name in os.listdir(tmp_path / 'whole'):
         assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+def interrupt(prepare, path, monkeypatch):
+    """Run the script up to the moment when only the renaming is left."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr('data.writer._commit', interrupted)
+        assert prepare('openwebtext', '--data_files', path)[0] == 130
+
+
+def test_an_intact_copy_of_the_text_is_used_again(prepare, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    interrupt(prepare, path, monkeypatch)
+    (copy,) = (tmp_path / 'out').rglob('*.arrow')
+    made = copy.stat().st_mtime_ns
+    interrupt(prepare, path, monkeypatch)
+    assert copy.stat().st_mtime_ns == made
+    status, err = prepare('openwebtext', '--data_files', path, '--text_column', 'wrong')
+    assert status == 2 and "the column 'wrong'" in err and copy.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    'name, damage, noted',
+    [
+        ('*.arrow', lambda content: b'', True),
+        ('*.arrow', lambda content: content[: len(content) // 2], True),
+        ('*.arrow', lambda content: bytes(len(content)), False),
+        ('dataset_info.json', lambda content: b'', True),
+        ('dataset_info.json', lambda content: content[:20], False),
+        ('text.json', lambda content: b'[[[', True),
+    ],
+)
+def test_a_copy_of_the_text_that_a_power_cut_damaged_is_made_anew(
+    prepare, tmp_path, monkeypatch, name, damage, noted
+):
+    path = write_parquet(tmp_path / 'a.parquet', TEXTS)
+    prepare('openwebtext', '--data_files', path, out='whole')
+    interrupt(prepare, path, monkeypatch)
+    (file,) = (tmp_path / 'out' / 'text.tmp').rglob(name)
+    file.write_bytes(damage(file.read_bytes()))
+    if not noted:  # the power went before the copy was finished
+        (tmp_path / 'out' / 'text.tmp' / 'text.json').unlink()
+    assert prepare('openwebtext', '--data_files', path) == (0, '')
+    assert sorted(os.listdir(tmp_path / 'out')) == sorted(os.listdir(tmp_path / 'whole'))
+    for name in os.listdir(tmp_path / 'whole'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
+
+
+@pytest.mark.parametrize('option', ['--out_dir', '--bpe_file', '--data_files'])
+@pytest.mark.parametrize('value', ['x' * 5000, 'a\0b', 'a\ud800b'])
+def test_a_path_that_cannot_be_is_one_line(prepare, tmp_path, option, value):
+    status, err = prepare('openwebtext', '--data_files', 'x.txt', option, value, out='out')
+    assert status == 2 and err.startswith('error: ') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('closed', ['pipe', 'disk'])
+def test_a_data_set_is_whole_where_its_report_cannot_be_printed(tmp_path, closed):
+    (tmp_path / 'one.txt').write_text('some text ' * 100)
+    command = [sys.executable, 'data/text/prepare.py', tmp_path / 'one.txt', '--tokenizer', 'char']
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = writer if closed == 'pipe' else os.open('/dev/full', os.O_WRONLY)
+    options = {'cwd': ROOT, 'stdout': stdout, 'stderr': subprocess.PIPE, 'text': True}
+    outcome = subprocess.run([*command, '--out_dir', tmp_path / 'out'], **options)
+    assert TokenData(tmp_path / 'out', 8)
+    if closed == 'pipe':
+        assert (outcome.returncode, outcome.stderr) == (141, '')
+    else:
+        assert outcome.returncode == 2 and 'No space left' in outcome.stderr
+        assert outcome.stderr.count('\n') == 1
 
 
 def test_a_hub_without_a_network_says_what_to_do(prepare, tmp_path, monkeypatch):

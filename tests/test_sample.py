@@ -1,5 +1,6 @@
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import checkpoint
-from data.prepare import GPT2Tokenizer
+from data.tokenizers import GPT2Tokenizer
 from model import GPT, GPTConfig
 
 SAMPLE = Path(__file__).parents[1] / 'sample.py'
@@ -20,11 +21,15 @@ SEPARATOR = '\n---------------\n'
 def sample(capsys, monkeypatch, *arguments):
     """Run sample.py in this process: (exit status, standard output, standard error)."""
     monkeypatch.setattr(sys, 'argv', [str(SAMPLE), '--device=cpu', *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
     try:
         runpy.run_path(str(SAMPLE), run_name='__main__')
         status = 0
     except SystemExit as e:
         status = e.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return status, *capsys.readouterr()
 
 
@@ -197,6 +202,45 @@ def test_a_mistake_ends_with_one_line_and_status_2(tmp_path):
     assert done.stderr.startswith('error: there is no checkpoint at nowhere/ckpt.pt')
     assert done.stderr.count('\n') == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lowest_temperature_takes_the_likeliest_token(run, out_dir):
+    arguments = f'--out_dir={out_dir}', '--start=a', '--num_samples=1', '--max_new_tokens=30'
+    likeliest = run(*arguments, '--temperature=0')
+    assert run(*arguments, '--temperature=1e-40') == run(*arguments, '--temperature=5e-324')
+    assert run(*arguments, '--temperature=1e-40') == likeliest and likeliest[0] == 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'vocab_size': '10'},
+        {'vocab_size': 10.0},
+        {'dtype': ['uint16']},
+        {'tokenizer': 7},
+        {'itos': 10},
+        {'itos': [1] * 10},
+        {'itos': ['ab'] * 10},
+        {'train_tokens': None},
+    ],
+)
+def test_a_meta_json_whose_fields_are_of_other_types_is_named(fails, out_dir, change):
+    path = out_dir / 'letters' / 'meta.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert f'{path} does not describe a data set' in fails(f'--out_dir={out_dir}')
+
+
+def test_a_dataset_in_a_checkpoint_that_is_no_name_is_gpt2s(fails, out_dir):
+    saved = checkpoint.load(out_dir / 'ckpt.pt')
+    checkpoint.save(out_dir / 'ckpt.pt', {**saved, 'config': {'dataset': 7}})
+    assert 'the model has 10 tokens and its tokenizer 50257' in fails(f'--out_dir={out_dir}')
+
+
+@pytest.mark.parametrize('name', ['x' * 5000, 'a\0b', 'a\udcffb'])
+def test_a_path_that_cannot_be_is_one_line(fails, out_dir, name):
+    fails(f'--out_dir={name}')
+    fails(f'--out_dir={out_dir}', f'--start=FILE:{name}')
+    fails(f'--init_from={name}/ckpt.pt')
 
 
 @pytest.mark.parametrize(

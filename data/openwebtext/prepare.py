@@ -18,19 +18,21 @@ import copy
 import errno
 import glob
 import importlib.util
+import json
 import mmap
 import os
 import shutil
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, GPT2Tokenizer, cores, hold, write_dataset
-from runtime import fail
+from data.tokenizers import GPT2Tokenizer, add_bpe_file
+from data.writer import cores, hold, replace, write_dataset
+from runtime import Arguments, border, fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 FORMATS = {
@@ -52,7 +54,7 @@ COMPRESSED = {  # suffix -> package that reads it
 class Texts:
     """Give random access to one column of Arrow stream files. A slice is a list of str.
 
-    rows: the order of the texts. Raises ValueError if a row has no text.
+    rows: the order of the texts. Raises ValueError if a row has no text or is not UTF-8.
     """
 
     def __init__(self, files, column):
@@ -85,7 +87,10 @@ class Texts:
         for row in self.rows[part]:
             number = np.searchsorted(self.starts, row, side='right') - 1
             chunk, mapped = self.chunks[number]
-            texts.append(chunk[int(row - self.starts[number])].as_py())
+            try:
+                texts.append(chunk[int(row - self.starts[number])].as_py())
+            except UnicodeDecodeError as e:
+                raise ValueError(f'the text in row {row} is not UTF-8 ({e.reason})') from e
             _release(mapped)
         return texts
 
@@ -206,11 +211,15 @@ def _is_readable(kind, path, column, options):
     return True
 
 
+class WrongColumn(ValueError):
+    """The text has no such column: no fault of its copy."""
+
+
 def _check_column(column, types, where):
     if types.get(column) not in ('string', 'large_string', 'string_view'):
         holds = f'holds {types[column]}' if column in types else 'is not there'
         names = [name for name, kind in types.items() if 'string' in kind]
-        raise ValueError(
+        raise WrongColumn(
             f"the column '{column}' of {where} {holds}; --text_column=NAME takes one of text: "
             f'{", ".join(names) or "there is none"}'
         )
@@ -254,7 +263,82 @@ def prepare(folder, texts, tokenizer, source, seed=2357, val_share=0.0005):
     write_dataset(folder, documents, tokenizer, source, **options)
 
 
-if __name__ == '__main__':
+class Copy:
+    """The Arrow copy of the text in `folder`, which datasets makes and calls its cache.
+
+    A power cut may leave files that are cut off, empty or zeroed. So text.json names the files of
+    a finished copy, which are on the disk, and their sizes. Others are removed before datasets
+    finds them, but for its downloads.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.list = folder / 'text.json'
+        self.aside = folder.with_name('text.old.tmp')
+        _remove(self.aside)
+        self.found = folder.exists()  # an earlier call left something
+        if self.found and not self._is_finished():
+            for path in folder.iterdir():
+                if path.name != 'downloads':
+                    _remove(path)
+
+    def _files(self):
+        """Return {name: bytes}, without the downloads."""
+        paths = [path for path in self.folder.rglob('*') if path.is_file() and path != self.list]
+        names = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
+        return {name: size for name, size in names.items() if not name.startswith('downloads/')}
+
+    def _is_finished(self):
+        try:
+            return json.loads(self.list.read_bytes()) == self._files()
+        except (OSError, ValueError, RecursionError):
+            return False
+
+    def finish(self):
+        """Flush the copy to the disk and note that it can be used again."""
+        files = self._files()
+        with suppress(OSError):  # a full disk: without the note the next call makes it anew
+            for name in files:
+                with open(self.folder / name, 'rb') as f:
+                    os.fsync(f.fileno())
+            replace(self.list, json.dumps(files).encode())
+
+    def load(self, *arguments):
+        """Return load()'s Texts. Makes a copy anew if the one that was found cannot be read.
+
+        Raises ValueError if the text cannot be loaded, and leaves what was found.
+        """
+        try:
+            texts = load(self.folder, *arguments)
+        except WrongColumn:
+            raise
+        except ValueError:
+            if not self.found:
+                raise
+            texts = self._load_anew(arguments)
+        self.finish()
+        return texts
+
+    def _load_anew(self, arguments):
+        os.replace(self.folder, self.aside)
+        try:
+            return load(self.folder, *arguments)
+        except BaseException:  # it was not the copy's fault
+            _remove(self.folder)
+            os.replace(self.aside, self.folder)
+            raise
+        finally:
+            _remove(self.aside)
+
+
+def _remove(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def main():
     arguments = Arguments(__doc__)
     text = 'on the hub; default: %(default)s'
     arguments.add_argument('--dataset', default='Skylion007/openwebtext', help=text)
@@ -264,7 +348,7 @@ if __name__ == '__main__':
     arguments.add_argument('--data_files', metavar='PATTERN', help=text)
     text = 'default: %(default)s'
     arguments.add_argument('--text_column', default='text', metavar='NAME', help=text)
-    arguments.add_bpe_file()
+    add_bpe_file(arguments)
     text = 'of the split; default: %(default)s'
     arguments.add_argument('--seed', type=int, default=2357, help=text)
     text = 'of the documents; default: %(default)s'
@@ -274,22 +358,25 @@ if __name__ == '__main__':
     args = arguments.parse_args()
     if not 0 < args.val_share < 1:
         fail(f'--val_share={args.val_share} must lie between 0 and 1')
-    if args.seed < 0:
-        fail(f'--seed={args.seed} must not be negative')
+    if not 0 <= args.seed < 1 << 63:
+        fail(f'--seed={args.seed} must be at least 0 and less than 2**63')
     gpt2 = GPT2Tokenizer(args.bpe_file)
-    cache = args.out_dir / 'text.tmp'
-    try:
-        with hold(args.out_dir):  # no other process may use the cache meanwhile
-            new = not cache.exists()
-            try:
-                texts = load(cache, args.data_files, args.dataset, args.config, args.text_column)
-                given = ('data_files',) if args.data_files else ('dataset', 'config')
-                source = {name: getattr(args, name) for name in (*given, 'text_column')}
-                prepare(args.out_dir, texts, gpt2, source, args.seed, args.val_share)
-            except ValueError as e:
-                if new:
-                    shutil.rmtree(cache, ignore_errors=True)
-                fail(e)
-            shutil.rmtree(cache)
-    except KeyboardInterrupt:  # while reading; write_dataset handles later ones
-        raise SystemExit(128 + signal.SIGINT) from None
+    with hold(args.out_dir):  # no other process may use the copy meanwhile
+        copied = Copy(args.out_dir / 'text.tmp')
+        keep = copied.found  # the copy of another command, which may go on
+        try:
+            texts = copied.load(args.data_files, args.dataset, args.config, args.text_column)
+            given = ('data_files',) if args.data_files else ('dataset', 'config')
+            source = {name: getattr(args, name) for name in (*given, 'text_column')}
+            keep = False  # from here on an error is the text's: the same command cannot go on
+            prepare(args.out_dir, texts, gpt2, source, args.seed, args.val_share)
+        except ValueError as e:
+            if not keep:
+                _remove(copied.folder)
+            fail(e)
+        _remove(copied.folder)
+
+
+if __name__ == '__main__':
+    with border():
+        main()

@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, CharTokenizer, write_dataset
-from runtime import fail
+from data.tokenizers import CharTokenizer
+from data.writer import write_dataset
+from runtime import Arguments, border, fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 LEFT_OUT = {
@@ -81,5 +82,6 @@ def prepare(folder, stdlib):
 
 
 if __name__ == '__main__':
-    Arguments(__doc__).parse_args()
-    prepare(FOLDER, sysconfig.get_path('stdlib'))
+    with border():
+        Arguments(__doc__).parse_args()
+        prepare(FOLDER, sysconfig.get_path('stdlib'))

@@ -9,13 +9,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, GPT2Tokenizer, write_dataset
 from data.shakespeare_char.prepare import read_shakespeare
+from data.tokenizers import GPT2Tokenizer, add_bpe_file
+from data.writer import write_dataset
+from runtime import Arguments, border
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 
-if __name__ == '__main__':
+
+def main():
     arguments = Arguments(__doc__)
-    arguments.add_bpe_file()
+    add_bpe_file(arguments)
     documents, source, args = read_shakespeare(arguments)
     write_dataset(FOLDER, documents, GPT2Tokenizer(args.bpe_file), source)
+
+
+if __name__ == '__main__':
+    with border():
+        main()

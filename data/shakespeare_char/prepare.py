@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, CharTokenizer, read_text, write_dataset
-from runtime import fail
+from data.tokenizers import CharTokenizer, read_text
+from data.writer import write_dataset
+from runtime import Arguments, border, fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -41,7 +42,12 @@ def read_shakespeare(arguments):
     return {'train': [text[:cut]], 'val': [text[cut:]]}, source, args
 
 
-if __name__ == '__main__':
+def main():
     documents, source, _ = read_shakespeare(Arguments(__doc__))
     char = CharTokenizer(sorted(set(documents['train'][0] + documents['val'][0])))
     write_dataset(FOLDER, documents, char, source)
+
+
+if __name__ == '__main__':
+    with border():
+        main()

@@ -11,14 +11,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, CharTokenizer, write_dataset
 from data.shakespeare_char.prepare import read_shakespeare
+from data.tokenizers import CharTokenizer
+from data.writer import write_dataset
+from runtime import Arguments, border
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 
-if __name__ == '__main__':
+
+def main():
     documents, source, _ = read_shakespeare(Arguments(__doc__))
     train, val = documents['train'][0], documents['val'][0]
     char = CharTokenizer(sorted(set(train + val)))  # the vocabulary of shakespeare_char
     source['split'] = 'the first 25,000 characters, and 20,000 from nine tenths of the text on'
     write_dataset(FOLDER, {'train': [train[:25000]], 'val': [val[:20000]]}, char, source)
+
+
+if __name__ == '__main__':
+    with border():
+        main()

@@ -16,8 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
-from data.prepare import Arguments, CharTokenizer, GPT2Tokenizer, write_dataset
-from runtime import fail
+from data.tokenizers import CharTokenizer, GPT2Tokenizer, add_bpe_file
+from data.writer import write_dataset
+from runtime import Arguments, border, fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 
@@ -104,12 +105,30 @@ def characters(documents):
     return sorted(known)
 
 
-if __name__ == '__main__':
+def prepare(args):
+    """Write the data set. Raises ValueError if the text is missing or wrong."""
+    sizes = find(args.paths)
+    documents = split(sizes, args.seed, args.val_share)
+    char = args.tokenizer == 'char'
+    tokenizer = CharTokenizer(characters(documents)) if char else GPT2Tokenizer(args.bpe_file)
+    source = {
+        'paths': args.paths,
+        'files': len(sizes),
+        'bytes': sum(sizes.values()),
+        'split': f'by bytes, seed {args.seed}, validation {args.val_share}',
+    }
+    changed = [os.stat(path).st_mtime_ns for path in sizes]
+    fingerprint = repr((documents['train'].parts, documents['val'].parts, changed))
+    options = {'end_of_text': not char, 'fingerprint': fingerprint}
+    write_dataset(args.out_dir, documents, tokenizer, source, **options)
+
+
+def main():
     arguments = Arguments(__doc__)
     arguments.add_argument('paths', nargs='+', metavar='PATH')
     text = 'default: %(default)s'
     arguments.add_argument('--tokenizer', choices=('gpt2', 'char'), default='gpt2', help=text)
-    arguments.add_bpe_file()
+    add_bpe_file(arguments)
     text = 'of the shuffling; default: %(default)s'
     arguments.add_argument('--seed', type=int, default=2357, help=text)
     text = 'of the bytes; default: %(default)s'
@@ -122,19 +141,11 @@ if __name__ == '__main__':
     if args.seed < 0:
         fail(f'--seed={args.seed} must not be negative')
     try:
-        sizes = find(args.paths)
-        documents = split(sizes, args.seed, args.val_share)
-        char = args.tokenizer == 'char'
-        tokenizer = CharTokenizer(characters(documents)) if char else GPT2Tokenizer(args.bpe_file)
+        prepare(args)
     except ValueError as e:
         fail(e)
-    source = {
-        'paths': args.paths,
-        'files': len(sizes),
-        'bytes': sum(sizes.values()),
-        'split': f'by bytes, seed {args.seed}, validation {args.val_share}',
-    }
-    changed = [os.stat(path).st_mtime_ns for path in sizes]
-    fingerprint = repr((documents['train'].parts, documents['val'].parts, changed))
-    options = {'end_of_text': not char, 'fingerprint': fingerprint}
-    write_dataset(args.out_dir, documents, tokenizer, source, **options)
+
+
+if __name__ == '__main__':
+    with border():
+        main()

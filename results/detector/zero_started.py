@@ -1,21 +1,22 @@
-# Kappa-IP's detector with the average that pytorch-cpr's single-tensor path has: it starts at zero and is not corrected
-# for that. Everything else stays. To be put behind a config of AdamCPR, with --impl=torch where there is a GPU:
+# Kappa-IP's detector with the moving average of pytorch-cpr's single-tensor path: it starts at zero
+# and is not corrected for that. Everything else stays. Put it behind a config of AdamCPR:
 #
 #     python train.py config/train_scarce_cpr.py results/detector/zero_started.py
-from kernels import plain
+import torch
+
+from cpr import AdamCPR
 
 
-def _slows_down(R, step, proceed, state, every, ema_decay):
-    import torch  # what a config file imports is not seen from inside its functions
-
-    ema, last, growth = (state[k] for k in ('ema', 'ema_last', 'ema_growth'))
-    ema.copy_(torch.where(proceed, ema_decay * ema.nan_to_num(0.0) + (1 - ema_decay) * R, ema))
-    look = (step % every == 0) & proceed
+def _slows_down(self, b, where=torch.where):  # a config's functions do not see its imports
+    step, every, beta = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
+    ema, last, growth = (b.state[key] for key in ('ema', 'ema_last', 'ema_growth'))
+    ema.copy_(where(b.active, beta * ema.nan_to_num(0.0) + (1 - beta) * b.R, ema))
+    look = b.active & (step % every == 0)
     grown = ema - last
-    found = look & (step >= 4 * every) & (grown < growth)
-    growth.copy_(torch.where(look, grown, growth))
-    last.copy_(torch.where(look, ema, last))
-    return found
+    slower = look & (step >= 4 * every) & (grown < growth)
+    growth.copy_(where(look, grown, growth))
+    last.copy_(where(look, ema, last))
+    return slower
 
 
-plain._slows_down = _slows_down
+AdamCPR.slows_down = _slows_down
