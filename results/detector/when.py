@@ -1,4 +1,4 @@
-"""Which iteration each tensor's kappa stems from, to norm_log_interval, as a table: the runs of a results folder.
+"""Print the iteration that each tensor's kappa stems from, to norm_log_interval, as a table.
 
 python results/detector/when.py results/detector
 """

@@ -1,7 +1,7 @@
 """Take steps with the Triton kernels as compiled for sm_90, executed by an emulator of PTX.
 
-Run by tests/test_kernels_ptx.py in a process of its own: python ptx_worker.py FOLDER_OF_THE_EMULATOR.
-Prints one JSON object: launches, races, divergent barriers, and each case's largest difference from
+tests/test_kernels_ptx.py runs it as a process: python ptx_worker.py FOLDER_OF_THE_EMULATOR. It
+prints one JSON object: launches, races, divergent barriers, and each case's largest difference from
 the same steps in plain PyTorch.
 """
 
@@ -18,11 +18,11 @@ from cpr import AdamCPR, AdamW, AdamWN  # noqa: E402
 from kernels import gpu  # noqa: E402
 
 SIZES = [1, 1023, 8192, 20000]
-TABLES = {}  # address of a table on the device -> kernels.tensors.Table
+TABLES = {}  # address of a table on the device: kernels.tensors.Table
 
 
 def touches(kernel, arguments):
-    """What a launch may write among its arguments, and the tensors behind the table of addresses."""
+    """What a launch may write among its arguments, and the tensors behind the table."""
     if kernel == '_totals':
         return {'totals'}, []
     t = TABLES[arguments['addresses'].data_ptr()]
