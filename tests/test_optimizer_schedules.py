@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 from helpers.optimizers import (
-    KINDS,
     NUMBA,
     TORCH,
     TRITON,
@@ -197,26 +196,23 @@ def test_a_step_keeps_no_gradient_alive(variant):
 
 
 @pytest.mark.parametrize('impl', [TORCH, NUMBA])
-@pytest.mark.parametrize('threads', [1, 2])
 @every_variant
-def test_the_same_run_gives_the_same_bits_twice(variant, threads, impl):
-    torch.set_num_threads(threads)
+def test_the_same_run_gives_the_same_bits_twice(variant, impl):
+    torch.set_num_threads(2)
     runs = []
     for _ in range(2):
-        params = parameters([(4, 3), (7,), (257, 1031)])
+        params = parameters([(4, 3), (7,), (257, 513)])
         optimizer = make(variant, params, max_grad_norm=3.0, impl=impl)
-        runs.append(train(optimizer, params, gradient_steps(params, 4)))
+        runs.append(train(optimizer, params, gradient_steps(params, 3)))
     assert same_bits(*runs)
 
 
-@pytest.mark.parametrize('impl', [TORCH, NUMBA])
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_compiled_training_step_makes_no_graph_of_the_optimizers(kind, impl):
+@pytest.mark.parametrize('variant, impl', [('cpr-dependent-after', 'auto'), ('wn', 'torch')])
+def test_a_compiled_training_step_makes_no_graph_of_the_optimizers(variant, impl):
     """Its 45 graphs and their guards took 9 times as long as the step itself."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    variant = {'adamw': 'adamw', 'adamcpr': 'cpr-dependent-after', 'adamwn': 'wn'}[kind]
     compiled, eager = parameters([(4, 3), (7,)]), parameters([(4, 3), (7,)])
     optimizers = make(variant, compiled, impl=impl), make(variant, eager, impl=impl)
     counter = CompileCounter()

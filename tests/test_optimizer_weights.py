@@ -44,7 +44,7 @@ KINDS_OF_WRITES = {
 
 @pytest.mark.parametrize('impl', [TORCH, NUMBA])
 @pytest.mark.parametrize('write', KINDS_OF_WRITES)
-@pytest.mark.parametrize('variant', VARIANTS.keys() - {'adamw'})
+@pytest.mark.parametrize('variant', sorted(VARIANTS.keys() - {'adamw'}))
 def test_weights_written_between_steps_are_noticed(variant, write, impl):
     params = parameters()
     reference, optimizer = reference_of(variant, params), make(variant, params, impl=impl)
@@ -294,7 +294,7 @@ def test_adamwn_takes_weights_that_are_all_zero(order, scope, target, impl):
     options = {'order': order, 'scope': scope, 'rate': 0.5, 'lr': 0.03, 'betas': BETAS, **target}
     reference = Reference('adamwn', [p.cpu() for p in params], **options)
     optimizer = AdamWN(params, impl=impl, **options)
-    grads = zip(*(gradients(weights(p.shape), steps=3) for p in params), strict=True)
+    grads = zip(*(gradients(weights(p.shape), steps=2) for p in params), strict=True)
     for step in [[torch.zeros(4, 3), torch.zeros(5, 5)], *grads]:
         train(optimizer, params, [step])
         reference.step(step)

@@ -357,7 +357,7 @@ def test_every_engine_trains_alike_and_resumes_what_every_other_has_saved():
         cwd=ROOT,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
     )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
