@@ -73,7 +73,7 @@ impl = 'auto'  # 'triton' (GPU), 'numba' (float32 on a CPU), 'torch'; 'auto': th
 switch_optimizer = False  # resume with another optimizer: keep Adam's moments, nothing else
 # AdamCPR, under the names of pytorch_cpr.AdamCPR
 kappa_init_method = 'inflection_point'  # or 'warm_start', 'uniform', 'dependent': kappa's origin
-kappa_init_param = 1000.0  # warm_start: steps; uniform: kappa; dependent: kappa over R at the start
+kappa_init_param = 1000.0  # warm_start: steps; uniform: kappa; dependent: kappa over R at start
 reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
 kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
 reg_step_size = 200  # inflection_point: steps between two looks at the growth
