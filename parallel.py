@@ -165,7 +165,7 @@ class Ranks:
 
 
 def device_of_rank(device):
-    """Return the setting `device` for this process: under torchrun, a GPU of its own."""
+    """Return the setting `device` for this process: under torchrun, one GPU each."""
     if 'RANK' not in os.environ:
         return device
     if device == 'auto':

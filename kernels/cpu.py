@@ -63,7 +63,7 @@ def reg_term(theta, reg):
 
 @njit(**options, inline='always')
 def chunk_of(chunks, addresses, chunk, column):
-    """The chunk's theta, grad, exp_avg or exp_avg_sq as an array, empty where there is none."""
+    """The chunk's theta, grad, exp_avg or exp_avg_sq as an array; empty if it has no address."""
     j, start, size = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
     return carray(pointer(addresses[j, column] + 4 * start), size if addresses[j, column] else 0)
 

@@ -34,7 +34,7 @@ class Tensors:
 class Table(Tensors):
     """Dense tensors, whose gradients and moments have the same strides, as a table of addresses.
 
-    addresses: (n, 4) int64 on the device: theta, grad, exp_avg, exp_avg_sq; 0 where there is none.
+    addresses: (n, 4) int64 on the device: theta, grad, exp_avg, exp_avg_sq; 0: no such tensor.
     chunks: (c, 3) int64. Each tensor is cut into chunks of CHUNK elements of its memory, the last
     one shorter and possibly empty: a chunk's tensor, where in it the chunk starts, and its size.
     first: (n + 1,) int64, a tensor's first chunk. sums, grad_sums: (c, 2) float32, a chunk's part
