@@ -13,6 +13,7 @@ which a second pass corrects. On an accelerator no step after the first waits fo
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import nn
@@ -154,7 +155,8 @@ class NormAdam(Optimizer):
         grad_coef, proceed = self._clip(buckets)
         for b in buckets:
             b.begin(grad_coef, proceed)
-            b.coefficients[:, :2].zero_()  # d_j and shift_j
+            if not before:
+                b.coefficients[:, :2].zero_()  # d_j and shift_j
         if before:
             self._decide(buckets)
         for b in buckets:
@@ -172,31 +174,28 @@ class NormAdam(Optimizer):
     def _clip(self, buckets):
         """What the gradients are multiplied with, and whether the step goes ahead: 0-d each."""
         device, scale = buckets[0].device, getattr(self, 'grad_scale', None)
-        grad_coef, proceed = (
-            torch.ones((), dtype=t, device=device) for t in (FLOATS[0], torch.bool)
-        )
-        grad_coef = grad_coef if scale is None else grad_coef / scale.to(device)
-        for b in buckets:
-            if b.found_inf is not None:
-                proceed = proceed & (b.found_inf.to(device) == 0)
+        factors = [] if scale is None else [1 / scale.to(device)]
+        finite = [b.found_inf.to(device) == 0 for b in buckets if b.found_inf is not None]
         if self.max_grad_norm is not None:
-            squares = torch.stack([b.grad_squares.to(device) for b in buckets])
-            self.grad_norm = (squares.sum().sqrt() * grad_coef).float()
-            proceed = proceed & (self.grad_norm < math.inf)
+            squares = reduce(torch.add, (b.grad_squares.to(device) for b in buckets))
+            self.grad_norm = reduce(torch.mul, factors, squares.sqrt()).float()
+            finite.append(self.grad_norm < math.inf)
             if self.max_grad_norm > 0:
-                grad_coef = grad_coef * (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1)
+                factors.append((self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1))
+        one = torch.ones((), device=device)
+        proceed = reduce(torch.logical_and, finite, one.bool())
         self.skipped_steps = self.skipped_steps.to(device)
         self.skipped_steps += ~proceed
-        return grad_coef, proceed
+        return reduce(torch.mul, factors, one), proceed
 
     def _decide(self, buckets):
         """Fill in d_j and shift_j of the tensors that this step corrects."""
         for b in buckets:
-            if any(b.regularize):
+            if b.regularizes:
                 decay, shift = self.decide(b)
-                b.decay.copy_(torch.where(b.active, decay, 0.0))
+                torch.where(b.active, decay.float(), b.zero, out=b.decay)
                 if shift is not None:
-                    b.shift.copy_(torch.where(b.active, shift, 0.0))
+                    torch.where(b.active, shift.float(), b.zero, out=b.shift)
 
     @property
     def _step_supports_amp_scaling(self):
@@ -260,7 +259,7 @@ class AdamCPR(NormAdam):
         reg_by_lr: multiply the correction by the learning rate.
         order: 'before' (the paper's Algorithm 1) or 'after' (pytorch-cpr) the Adam update.
     State of a regularized tensor besides Adam's, 0-d each: kappa (nan until set), kappa_set, lagmul
-    (lambda); for Kappa-IP ema, ema_error, ema_last, ema_growth.
+    (lambda); for Kappa-IP ema, ema_last, ema_growth (float64, as R is).
     """
 
     def __init__(
@@ -309,13 +308,13 @@ class AdamCPR(NormAdam):
 
     def init_state(self, b):
         method, param = b.group['kappa_init_method'], b.group['kappa_init_param']
-        zeros, unset = torch.zeros_like(b.decay), torch.full_like(b.decay, math.nan)
-        kappa = {'uniform': zeros + param, 'dependent': (param * b.R).float()}.get(method, unset)
+        zeros, unset = torch.zeros_like(b.decay), torch.full_like(b.R, math.nan)
+        kappa = {'uniform': zeros + param, 'dependent': param * b.R}.get(method, unset).float()
         if method == 'dependent':
             b.warn_of_zeros('its bound is 0')
         state = {'kappa': kappa, 'kappa_set': ~kappa.isnan(), 'lagmul': zeros}
         if method == 'inflection_point':
-            state.update(ema=unset, ema_error=zeros, ema_last=unset, ema_growth=unset)
+            state.update(ema=b.R.clone(), ema_last=unset, ema_growth=unset)
         return state
 
     def decide(self, b):
@@ -337,7 +336,7 @@ class AdamCPR(NormAdam):
         lagmul.copy_(torch.where(bounded, raised, lagmul))
 
         # theta_j <- theta_j - lambda_j * grad R_j(theta_j)           (line 7)
-        decay = torch.where(bounded, lagmul, 0.0) * (b.lr if group['reg_by_lr'] else 1)
+        decay = lagmul * b.lr if group['reg_by_lr'] else lagmul  # 0 where there is no bound
         if std:  # its gradient is (theta - mean) / ((n - 1) * std)
             decay = torch.where(R > 0, decay / ((b.numel - 1) * R), 0.0)
         elif group['reg_function'] == 'l2':
@@ -352,18 +351,17 @@ class AdamCPR(NormAdam):
         more than float32 rounding explains. The fourth look is the first that can find it.
         """
         step, every, beta = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
-        ema, error, last, growth = (b.state['ema' + x] for x in ('', '_error', '_last', '_growth'))
-        # ema + alpha * (R - ema) is the corrected average itself; `error` keeps what float32 drops
-        alpha, average = (1 - beta) / (1 - beta ** step.to(b.R)), ema.to(b.R) + error
-        average = torch.where(ema.isnan(), b.R, average + alpha * (b.R - average))
-        ema.copy_(torch.where(b.active, average, ema))
-        error.copy_(torch.where(b.active, average - ema, error))
+        ema, last, growth = b.state['ema'], b.state['ema_last'], b.state['ema_growth']
+        alpha = ((1 - beta) / (1 - beta ** step.to(b.R))).masked_fill(~b.active, 0)
+        ema.lerp_(b.R, alpha)  # the corrected average itself
         look = b.active & (step % every == 0)
+        if look.is_cpu and not look.any():  # a GPU would have to be waited for
+            return look
         grown = ema - last  # nan at the first look: no comparison with it holds
-        rounding = 16 * torch.finfo(torch.float32).eps * ema.abs()
+        rounding = 16 * torch.finfo(torch.float32).eps * ema
         slower = look & (step >= 4 * every) & (growth > 0) & (grown < growth - rounding)
-        growth.copy_(torch.where(look, grown, growth))
-        last.copy_(torch.where(look, ema, last))
+        torch.where(look, grown, growth, out=growth)
+        torch.where(look, ema, last, out=last)
         return slower
 
 

@@ -1,4 +1,4 @@
-"""What a step works on: the parameters that share a group, a device and a dtype, as one object."""
+"""What a step works on: the parameters that share options, a device and a dtype, as one object."""
 
 import importlib
 import math
@@ -13,21 +13,22 @@ MOMENTS = ('exp_avg', 'exp_avg_sq')
 
 
 class Bucket:
-    """The n parameters of one group that share a device, a dtype and the processes of their shards.
+    """n parameters that share their groups' options, a device, a dtype and processes of shards.
 
     Vectors are (n,), on the device. state: {name: vector}; from a parameter's first gradient on,
     optimizer.state[p] shows views of them beside exp_avg and exp_avg_sq. R, mean: of whole tensors,
     as `measure` found them. regularized, has_grad, active: bool; active: what this step corrects.
-    lr, proceed, grad_squares, found_inf: 0-d. coefficients, hyper: see plain.adam_. `regularize`
-    and `reg_function` of the group are read here alone, when the bucket is made.
+    lr, proceed, grad_squares, found_inf: 0-d. coefficients, hyper: see plain.adam_. group stands
+    for all `groups`. Their `regularize` and `reg_function` are read when the bucket is made.
     """
 
-    def __init__(self, optimizer, group, members, kernels):
-        self.optimizer, self.group, self.kernels = optimizer, group, kernels
+    def __init__(self, optimizer, groups, members, kernels):
+        self.optimizer, self.groups, self.group = optimizer, groups, groups[0]
+        self.kernels = kernels
         self.params, self.regularize = zip(*members, strict=True)
         self.shard_groups = dtensor.shard_groups(self.params[0])
         self.sharded = hasattr(self.params[0], 'device_mesh')
-        self.tensors = kernels.Tensors(self.params, group.get('reg_function', 'l2'))
+        self.tensors = kernels.Tensors(self.params, self.group.get('reg_function', 'l2'))
         self.tensors.set_grads([None] * len(members))
         self.device = self.tensors.device
         self.regularized = torch.tensor(self.regularize, dtype=torch.bool, device=self.device)
@@ -39,10 +40,11 @@ class Bucket:
         self.grad_coef, self.lr = self.hyper[0], torch.zeros_like(self.hyper[0])
         self.log_betas, self._filled_for = torch.zeros_like(self.hyper[:2, None]), None
         self.has_grad, self._has_grad = None, None
-        self.decides = optimizer.needs_R and any(self.regularize)
+        self.regularizes, self.zero = any(self.regularize), torch.zeros_like(self.lr)
+        self.decides = optimizer.needs_R and self.regularizes
         self.measure(R=True)
         self.state = {'step': torch.zeros_like(self.decay)}
-        self.state.update(optimizer.init_state(self) if any(self.regularize) else {})
+        self.state.update(optimizer.init_state(self) if self.regularizes else {})
         saved = [optimizer.state.get(p, {}) for p in self.params]
         for name, fresh in self.state.items():
             values = [state.get(name, x) for state, x in zip(saved, fresh, strict=True)]
@@ -75,7 +77,9 @@ class Bucket:
                 warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
 
     def is_outdated(self):
-        """Whether a parameter has moved, or has its first gradient: its start is then now."""
+        """Whether options differ now, or a parameter has moved or has its first gradient."""
+        if not all(same_options(self.optimizer, self.group, g) for g in self.groups[1:]):
+            return True
         waiting = (p for p, s in zip(self.params, self.started, strict=True) if not s)
         starts = any(p.grad is not None for p in waiting) and not is_capturing(self.device)
         return starts or self.tensors.have_moved(self.params)
@@ -109,7 +113,7 @@ class Bucket:
         if grads and found_inf is not None:
             sums['found_inf'] = found_inf.to(self.numel).reshape(())
         if grads and self.optimizer.max_grad_norm is not None:
-            sums['grad_squares'] = self.kernels.grad_squares(self.tensors).sum()
+            sums['grad_squares'] = self.kernels.grad_squares(self.tensors)
         if R and self.decides:
             sums['reg_sums'] = self.kernels.reg_sums(self.tensors)
         if self.shard_groups and sums:
@@ -139,23 +143,35 @@ class Bucket:
 
         moves, step = self.has_grad & self.proceed, self.state['step']
         step += moves
-        self.active = self.regularized & moves & self.lr.bool()  # lr = 0 decides nothing
+        if self.regularizes:
+            self.active = self.regularized & moves & self.lr.bool()  # lr = 0 decides nothing
         bias_corrections = torch.expm1(step * self.log_betas).neg_()  # 1 - beta^t
         torch.div(self.lr, bias_corrections[0], out=self.step_size)
         torch.rsqrt(bias_corrections[1], out=self.rsqrt_bias2)
 
 
 def make_buckets(optimizer):
-    """The buckets of an optimizer's parameters."""
-    buckets = []
+    """The buckets of an optimizer's parameters. The more share a bucket, the faster is a step."""
+    families, buckets = [], {}  # lists of groups that agree; {what a bucket shares: its arguments}
     for group in optimizer.param_groups:
-        flags, together = group['regularize'], {}
+        groups = next((gs for gs in families if same_options(optimizer, gs[0], group)), None)
+        if groups is None:
+            families.append(groups := [])
+        groups.append(group)
+        flags = group['regularize']
         flags = flags if isinstance(flags, list) else [flags] * len(group['params'])
         for p, flag in zip(group['params'], flags, strict=True):
-            kind = kernels_for(p, optimizer), p.device, p.dtype, dtensor.shard_groups(p)
-            together.setdefault(kind, []).append((p, flag))
-        buckets += [Bucket(optimizer, group, members, k[0]) for k, members in together.items()]
-    return buckets
+            kernels = kernels_for(p, optimizer)
+            shared = id(groups), kernels, p.device, p.dtype, dtensor.shard_groups(p)
+            _, members, _ = buckets.setdefault(shared, (groups, [], kernels))
+            members.append((p, flag))
+    return [Bucket(optimizer, *arguments) for arguments in buckets.values()]
+
+
+def same_options(optimizer, group, other):
+    """Whether two groups agree in all options. A tensor is equal to itself alone."""
+    pairs = [(group.get(name), other.get(name)) for name in optimizer.defaults]
+    return all(x is y or not any(map(torch.is_tensor, (x, y))) and x == y for x, y in pairs)
 
 
 def kernels_for(parameter, optimizer):
@@ -208,6 +224,7 @@ class SavedState:
             for name in MOMENTS if 'step' in state else ():
                 fits = name in state and state[name].shape == p.shape
                 check(fits, f'{name} of parameter {i} is missing or not of shape {tuple(p.shape)}')
+            state.pop('ema_error', None)  # of an earlier version
             kappa = state.get('kappa')
             if kappa is not None and 'kappa_set' not in state:
                 # pytorch_cpr marks no bound by 1e6 (Kappa-IP) and 0 (Kappa-WS)

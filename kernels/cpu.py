@@ -115,14 +115,15 @@ def _correct(begin, end, chunks, addresses, coefficients, reg):
 
 def grad_squares(t):
     _run(_sums, t, 1, REG['l2'], t.grad_sums.numpy())
-    return _total(t, t.grad_sums)[0]
+    return t.grad_sums[:, 0].sum(dtype=torch.float64)
 
 
 def reg_sums(t):
     if not t.sums_are_current():
         _run(_sums, t, 0, REG[t.reg_function], t.sums.numpy())
         t.mark_sums_current()
-    return _total(t, t.sums)
+    starts = t.first[:-1].numpy()
+    return torch.from_numpy(np.add.reduceat(t.sums.numpy(), starts, axis=0, dtype=np.float64).T)
 
 
 def adam_(t, coefficients, hyper, proceed):
@@ -136,11 +137,6 @@ def correct_(t, coefficients, proceed):
     if proceed:
         _run(_correct, t, coefficients.numpy(), REG[t.reg_function])
         t.mark_written()
-
-
-def _total(t, sums):
-    starts = t.first[:-1].numpy()
-    return torch.from_numpy(np.add.reduceat(sums.numpy(), starts, axis=0, dtype=np.float64).T)
 
 
 def _run(function, t, *arguments):

@@ -52,7 +52,7 @@ def reg_term(theta, REG: constexpr):
         term = tl.abs(theta)
     elif REG == 'huber':
         small = tl.minimum(tl.abs(theta), 1.0)
-        term = small * (tl.abs(theta) - small / 2)
+        term = small * (tl.abs(theta) - 0.5 * small)
     else:
         term = theta * theta
     return term
@@ -212,14 +212,17 @@ def _totals(first, sums, totals):
 
 def grad_squares(t):
     _launch(_sums, t, t.grad_sums, COLUMN=1, REG='l2')
-    return _total(t, t.grad_sums)[0]
+    return t.grad_sums[:, 0].sum(dtype=torch.float64)
 
 
 def reg_sums(t):
     if not t.sums_are_current():
         _launch(_sums, t, t.sums, COLUMN=0, REG=t.reg_function)
         t.mark_sums_current()
-    return _total(t, t.sums)
+    totals = torch.empty(2, len(t.params), dtype=torch.float64, device=t.device)
+    with _on(t.device):
+        _totals[(len(t.params), 2)](t.first, t.sums, totals, num_warps=WARPS)
+    return totals
 
 
 def adam_(t, coefficients, hyper, proceed):
@@ -242,11 +245,3 @@ def _launch(kernel, t, *arguments, **flags):
         kernel[(len(t.chunks),)](
             t.chunks, t.addresses, *arguments, DTYPE=dtype, **flags, num_warps=WARPS
         )
-
-
-def _total(t, sums):
-    """Both sums of each tensor: (2, n) float64."""
-    totals = torch.empty(2, len(t.params), dtype=torch.float64, device=t.device)
-    with _on(t.device):
-        _totals[(len(t.params), 2)](t.first, sums, totals, num_warps=WARPS)
-    return totals

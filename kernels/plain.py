@@ -13,9 +13,9 @@ from kernels.tensors import Tensors, sum_dtype  # noqa: F401  (Tensors: what pas
 
 
 def grad_squares(t):
-    """sum(grad ** 2) of each tensor, 0 without a gradient: (n,) float64. 4 bytes a parameter."""
+    """sum(grad ** 2) of all tensors that have a gradient: 0-d float64. 4 bytes a parameter."""
     grads = (p.new_zeros(()) if g is None else g for p, g in zip(t.params, t.grads, strict=True))
-    return torch.stack([total(g.float().square()) for g in grads])
+    return torch.stack([total(g.float().square()) for g in grads]).sum()
 
 
 def reg_sums(t):

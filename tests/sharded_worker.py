@@ -63,8 +63,7 @@ def compare(cls, options, impl, mesh, placements):
             worst = max(worst, difference(q, p))
             assert reference.state[p].keys() == opt.state[q].keys()
             for name, value in reference.state[p].items():
-                if name != 'ema_error':  # what float32 drops of ema
-                    worst = max(worst, difference(opt.state[q][name], value))
+                worst = max(worst, difference(opt.state[q][name], value))
     assert opt.skipped_steps == reference.skipped_steps == 1
 
     # a state dict of whole tensors goes into an optimizer of DTensors

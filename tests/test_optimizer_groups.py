@@ -294,3 +294,26 @@ def test_a_frozen_tensor_and_one_without_elements_are_nothing_to_warn_of():
         train(optimizer, [frozen, empty, trained], [[None, torch.ones(0, 4), torch.ones(2, 2)]] * 2)
     with pytest.warns(UserWarning, match='frozen'):
         stepped(optimizer, [frozen, empty, trained], 1)
+
+
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if 'global' not in v])
+def test_groups_of_equal_options_that_differ_later_are_updated_each_by_its_own(variant):
+    params = parameters()
+    alike, apart = copies(params), copies(params)
+    halves = [{'params': alike[:2]}, {'params': alike[2:]}]
+    together, first, second = (
+        make(variant, halves),
+        make(variant, apart[:2]),
+        make(variant, apart[2:]),
+    )
+    for optimizer in (together, first, second):
+        optimizer.max_grad_norm = None  # else the norm is of all
+    for step, grads in enumerate(gradient_steps(params, 12)):
+        if step == 5:
+            together.param_groups[1]['lr'] = second.param_groups[0]['lr'] = 0.3
+        if step == 9:
+            together.param_groups[0]['lr'] = first.param_groups[0]['lr'] = 0.3
+        train(together, alike, [grads])
+        train(first, apart[:2], [grads[:2]])
+        train(second, apart[2:], [grads[2:]])
+    assert same_bits(alike, apart)
