@@ -54,9 +54,6 @@ def test_numba_sums_what_plain_torch_does(cpu, reg, offset, missing):
             step(problem)
         squares = ours.grad_squares()
         torch.testing.assert_close(squares, theirs.grad_squares(), rtol=1e-6, atol=0)
-        assert [bool(s == 0) for s in squares] == [
-            j in missing or n == 0 for j, n in enumerate(SIZES)
-        ]
         assert squares.dtype == torch.float64
         # what cancels in the sum of elements does not in that of their sizes
         for a, b in zip(ours.reg_sums(), theirs.reg_sums(), strict=True):
