@@ -210,7 +210,7 @@ def bench_host():
     import triton
     from triton.backends.compiler import GPUTarget as triton_target
 
-    from kernels import gpu
+    from nanonorm.kernels import gpu
 
     triton.runtime.driver.set_active(NoGPU())
     gpu.INTERPRETED = True  # no GPU is asked for

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from kernels import dtensor
-from kernels.bucket import SavedState, check, kernels_for, make_buckets
+from nanonorm.kernels import dtensor
+from nanonorm.kernels.bucket import SavedState, check, kernels_for, make_buckets
 
 IMPLS, REG_FUNCTIONS = ('auto', 'triton', 'numba', 'torch'), ('l2', 'l1', 'std', 'huber')
 KAPPA_INIT_METHODS = ('uniform', 'dependent', 'warm_start', 'inflection_point')

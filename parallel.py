@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.dtensor import square_sums
+from nanonorm.kernels.dtensor import square_sums
 from runtime import DTYPES, fail
 
 

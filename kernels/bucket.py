@@ -6,8 +6,8 @@ import warnings
 
 import torch
 
-from kernels import dtensor, plain
-from kernels.tensors import as_laid_out, is_capturing, is_dense, local, sum_dtype
+from . import dtensor, plain
+from .tensors import as_laid_out, is_capturing, is_dense, local, sum_dtype
 
 MOMENTS = ('exp_avg', 'exp_avg_sq')
 
@@ -183,7 +183,7 @@ def kernels_for(parameter, optimizer):
     if impl == 'torch' or not is_dense(p):
         return plain
     try:
-        kernels = importlib.import_module('kernels.gpu' if impl == 'triton' else 'kernels.cpu')
+        kernels = importlib.import_module('.gpu' if impl == 'triton' else '.cpu', __package__)
     except ImportError:
         check(auto, f"impl='{impl}' needs a package: pip install {impl}")
         return plain

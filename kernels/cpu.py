@@ -12,8 +12,8 @@ import torch
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from kernels.tensors import Table as Tensors  # noqa: F401  (what these passes work on)
-from kernels.threads import share
+from .tensors import Table as Tensors  # noqa: F401  (what these passes work on)
+from .threads import share
 
 REG = {'l2': 0, 'std': 0, 'l1': 1, 'huber': 2}  # l2 and std have the same arithmetic
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)  # else Numba takes float64

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.tensors import local, sum_dtype
+from .tensors import local, sum_dtype
 
 
 def shard_groups(x):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from kernels.tensors import Table as Tensors  # noqa: F401  (what these passes work on)
+from .tensors import Table as Tensors  # noqa: F401  (what these passes work on)
 
 WARPS = 8
 VEC = constexpr(4)  # elements a lane at a time, where addresses allow it

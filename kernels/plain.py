@@ -9,7 +9,7 @@ are rounded to nearest when they are stored. Nothing here waits for an accelerat
 
 import torch
 
-from kernels.tensors import Tensors, sum_dtype  # noqa: F401  (Tensors: what passes work on)
+from .tensors import Tensors, sum_dtype  # noqa: F401  (Tensors: what passes work on)
 
 
 def grad_squares(t):

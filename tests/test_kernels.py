@@ -11,8 +11,8 @@ from helpers.optimizers import VARIANTS, copies, gradient_steps, make, parameter
 from helpers.passes import REGS, Problem, difference
 
 from cpr import AdamW
-from kernels import plain
-from kernels.tensors import CHUNK
+from nanonorm.kernels import plain
+from nanonorm.kernels.tensors import CHUNK
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [1, 0, 7, 33, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 17]
@@ -21,7 +21,7 @@ WEIGHT_AND_STATE = 3e-6  # a few roundings of float32
 
 @pytest.fixture
 def cpu():
-    return pytest.importorskip('kernels.cpu', reason='no Numba')
+    return pytest.importorskip('nanonorm.kernels.cpu', reason='no Numba')
 
 
 # ---- pass by pass
@@ -62,7 +62,7 @@ def test_numba_sums_what_plain_torch_does(cpu, reg, offset, missing):
 
 @pytest.mark.parametrize('kernels', ['plain', 'cpu'])
 def test_a_step_that_does_not_proceed_writes_nothing(kernels):
-    kernels = pytest.importorskip(f'kernels.{kernels}')
+    kernels = pytest.importorskip(f'nanonorm.kernels.{kernels}')
     problem = Problem(kernels, SIZES)
     problem.t.set_grads([torch.full_like(p, float('nan')) for p in problem.t.params])
     problem.proceed = torch.tensor(False)
@@ -98,7 +98,7 @@ def test_elements_beyond_2_to_the_31_are_found(cpu):
 
 @pytest.mark.parametrize('kernels', ['plain', 'cpu'])
 def test_sums_over_many_elements_keep_their_digits(kernels):
-    kernels = pytest.importorskip(f'kernels.{kernels}')
+    kernels = pytest.importorskip(f'nanonorm.kernels.{kernels}')
     x = torch.rand(10_000_001)
     exact = x.double().square().sum().item()
     t = kernels.Tensors([x])
@@ -191,7 +191,7 @@ def test_no_folder_for_compiled_code_is_no_reason_to_fail(cpu):
 from cpr import AdamW
 optimizer = AdamW([p], impl='numba', lr=0.5, weight_decay=0.0)
 print(step(optimizer))
-from kernels import cpu
+from nanonorm.kernels import cpu
 print(cpu._adam.stats.cache_path)
 """
     environment = {
@@ -211,7 +211,8 @@ def without(monkeypatch):
 
     def remove(package):
         loaded = [name for name in sys.modules if name.split('.')[0] == package]
-        for name in [*loaded, 'kernels.cpu' if package == 'numba' else 'kernels.gpu']:
+        kernels = 'cpu' if package == 'numba' else 'gpu'
+        for name in [*loaded, f'nanonorm.kernels.{kernels}']:
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setitem(sys.modules, package, None)
 

@@ -31,8 +31,8 @@ from helpers.passes import REGS, Problem, difference
 from torch import nn
 
 from cpr import AdamW
-from kernels import gpu, plain
-from kernels.tensors import CHUNK
+from nanonorm.kernels import gpu, plain
+from nanonorm.kernels.tensors import CHUNK
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = device_of('triton')

@@ -201,12 +201,12 @@ def test_moments_of_a_dense_weight_have_its_strides_and_keep_them_when_loaded(la
             assert all(a == b for a, b, size in strides if size > 1)
 
 
-@pytest.mark.parametrize('impl, module', [('numba', 'kernels.cpu'), ('triton', 'kernels.gpu')])
+@pytest.mark.parametrize('impl, module', [('numba', 'cpu'), ('triton', 'gpu')])
 @pytest.mark.parametrize('layout', DENSE)
 def test_a_dense_weight_is_updated_by_the_fast_kernels_whatever_its_strides(
     layout, impl, module, monkeypatch
 ):
-    kernels = pytest.importorskip(module)
+    kernels = pytest.importorskip(f'nanonorm.kernels.{module}')
     taken, adam_ = [], kernels.adam_
     monkeypatch.setattr(kernels, 'adam_', lambda *args: (taken.append(1), adam_(*args)))
     params = [nn.Parameter(DENSE[layout]().to(device_of(impl)))]

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from cpr import AdamCPR, AdamW, AdamWN
-from kernels import gpu
+from nanonorm.kernels import gpu
 
 POINTERS = {
     'chunks': 'i64',

@@ -15,7 +15,7 @@ import harness  # noqa: I001, E402  (before anything imports triton)
 import torch  # noqa: E402
 
 from cpr import AdamCPR, AdamW, AdamWN  # noqa: E402
-from kernels import gpu  # noqa: E402
+from nanonorm.kernels import gpu  # noqa: E402
 
 SIZES = [1, 1023, 8192, 20000]
 TABLES = {}  # address of a table on the device: kernels.tensors.Table

@@ -1,1 +1,0 @@
-"""Passes over memory, in Triton, Numba and PyTorch, and the tensors that they work on."""
