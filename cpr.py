@@ -1,19 +1,21 @@
-"""AdamW, AdamCPR and AdamWN: Adam whose regularizer is the norm of each weight tensor.
+"""AdamW, AdamCPR, AdamWN and AdamH: Adam whose regularizer is the norm of each weight tensor.
 
-With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, all three are one update of tensor j,
+With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, all four are one update of tensor j,
 
-    theta_j <- (1 - d_j) * theta_j - lr * u_j
+    theta_j <- (1 - d_j) * theta_j - s_j * u_j
 
-A rule decides d_j: it is a class here with a method `decide`. A pass goes over memory: it is a
-function of kernels/, in Triton (gpu.py), Numba (cpu.py) and PyTorch operations (plain.py). With
-order='before' d_j is decided from theta before the Adam update, whose sums the pass that wrote it
-has left, and one pass does it all. With order='after' it is decided from the Adam-updated theta,
-which a second pass corrects. On an accelerator no step after the first waits for the device.
+A rule decides d_j (AdamH s_j, too, which is lr elsewhere): it is a class here with a method
+`decide`. A pass goes over memory: it is a function of kernels/, in Triton (gpu.py), Numba (cpu.py)
+and PyTorch operations (plain.py). With order='before' d_j is decided from theta before the Adam
+update, whose sums the pass that wrote it has left, and one pass does it all. With order='after' it
+is decided from the Adam-updated theta, which a second pass corrects. AdamH decides between the two
+halves of Adam's pass. On an accelerator no step after the first waits for the device.
 """
 
 import math
 from collections.abc import Sequence
 from functools import reduce
+from numbers import Real
 
 import torch
 from torch import nn
@@ -32,9 +34,9 @@ NEUTRAL = 'amsgrad maximize capturable differentiable foreach fused weight_decay
 
 
 class NormAdam(Optimizer):
-    """What the three share: groups, buckets, clipping, skipping and the order of the passes.
+    """What they share: groups, buckets, clipping, skipping and the order of the passes.
 
-    Args of all three:
+    Args of all:
         max_grad_norm: clip the gradients to this total norm within the step, as clip_grad_norm_
             would before it, without writing them. 0.0 only measures it; None does not.
         impl: 'triton' (GPU; on a CPU only with TRITON_INTERPRET=1), 'numba' (float32 on a CPU),
@@ -47,14 +49,17 @@ class NormAdam(Optimizer):
     """
 
     needs_R = True  # whether `decide` asks for R
+    orders = ('before', 'after')  # what it takes, the default first
+    reg_embedding = reg_norms = True  # whether a module's embeddings and norms are regularized
 
-    def __init__(self, params, defaults, *, order, max_grad_norm=0.0, impl='auto', **options):
+    def __init__(self, params, defaults, order=None, max_grad_norm=0.0, impl='auto', **options):
+        order = order or self.orders[0]
         for name, value in options.items():
             if name not in NEUTRAL:
                 raise TypeError(f"{type(self).__name__} has no argument '{name}'")
             check(not value, f'{type(self).__name__} does not support {name}={value}; leave it out')
         check(max_grad_norm is None or max_grad_norm >= 0, f'max_grad_norm={max_grad_norm}: >= 0')
-        check(order in ('before', 'after'), f"order='{order}' must be 'before' or 'after'")
+        check(order in self.orders, f"order='{order}' must be one of {self.orders}")
         check(impl in IMPLS, f"impl='{impl}' must be one of {IMPLS}")
         self.order, self.max_grad_norm, self.impl = order, max_grad_norm, impl
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
@@ -73,7 +78,14 @@ class NormAdam(Optimizer):
         return [{'params': matrices, 'regularize': flags}, vectors]
 
     def _regularized_in(self, module):
-        return {p for p in module.parameters() if p.dim() >= 2}
+        named = module.named_parameters(remove_duplicate=False)  # a tied weight has two names
+        out = set()
+        if not self.reg_norms:
+            out |= {p for name, p in named if name.rpartition('.')[2] == 'bias'}
+            out |= {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
+        if not self.reg_embedding:
+            out |= {m.weight for m in module.modules() if isinstance(m, EMBEDDINGS)}
+        return {p for p in module.parameters() if p.dim() >= 2} - out
 
     def add_param_group(self, param_group):
         # how transformers and timm mark what is not to be decayed
@@ -131,7 +143,8 @@ class NormAdam(Optimizer):
     def decide(self, b):
         """d_j and shift_j (None: 0) of a bucket's tensors, (n,) or 0-d, from b.R and b.state.
 
-        Where b.active is False it must not change the state; what it returns is not used.
+        Where b.active is False it must not change the state; what it returns is not used. A rule
+        with order 'between' also has b.theta_u and b.u_squares, and sets b.step_size.
         """
         raise NotImplementedError
 
@@ -155,19 +168,12 @@ class NormAdam(Optimizer):
         grad_coef, proceed = self._clip(buckets)
         for b in buckets:
             b.begin(grad_coef, proceed)
+            b.run(b.passes[0])
             if not before:
-                b.coefficients[:, :2].zero_()  # d_j and shift_j
-        if before:
-            self._decide(buckets)
-        for b in buckets:
-            b.kernels.adam_(b.tensors, b.coefficients, b.hyper, b.proceed)
-        if not before:
-            for b in buckets:
                 b.measure(R=True)
-            self._decide(buckets)
-            for b in buckets:
-                b.kernels.correct_(b.tensors, b.coefficients, b.proceed)
+        self._decide(buckets)
         for b in buckets:
+            b.run(b.passes[1])
             b.tensors.grads = ()  # else they live until the next step
         return loss
 
@@ -229,11 +235,11 @@ class AdamW(NormAdam):
     All three raise ValueError for an argument out of range, TypeError for an unknown one.
     """
 
-    needs_R = False
+    needs_R, orders = False, ('before',)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, **common):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, defaults, order='before', **common)
+        super().__init__(params, defaults, **common)
 
     def decide(self, b):
         return b.lr * b.group['weight_decay'], None
@@ -261,6 +267,8 @@ class AdamCPR(NormAdam):
     State of a regularized tensor besides Adam's, 0-d each: kappa (nan until set), kappa_set, lagmul
     (lambda); for Kappa-IP ema, ema_last, ema_growth (float64, as R is).
     """
+
+    reg_norms = False
 
     def __init__(
         self,
@@ -297,14 +305,6 @@ class AdamCPR(NormAdam):
         check(method != 'warm_start' or param % 1 == 0, f'kappa_init_param={param}: whole steps')
         check(every >= 1 and every % 1 == 0, f'reg_step_size={every}: whole steps, at least 1')
         check(mu >= 0 and 0 <= decay < 1, f'kappa_update={mu}: >= 0; reg_ema_decay={decay}: [0, 1)')
-
-    def _regularized_in(self, module):
-        named = module.named_parameters(remove_duplicate=False)  # a tied weight has two names
-        out = {p for name, p in named if name.rpartition('.')[2] == 'bias'}
-        out |= {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters()}
-        if not self.reg_embedding:
-            out |= {m.weight for m in module.modules() if isinstance(m, EMBEDDINGS)}
-        return super()._regularized_in(module) - out
 
     def init_state(self, b):
         method, param = b.group['kappa_init_method'], b.group['kappa_init_param']
@@ -405,7 +405,8 @@ class AdamWN(NormAdam):
         super().check_group(group)
         for name in ('rate', 'ratio', 'norm', 'ramp'):
             x, most = group[name], 1 if name in ('rate', 'ramp') else math.inf
-            check(x is None or 0 <= x <= most, f'{name}={x} must be one number in [0, {most}]')
+            fits = isinstance(x, Real) and 0 <= x <= most or x is None and name == 'norm'
+            check(fits, f'{name}={x} must be one number in [0, {most}]')
 
     def set_ratios(self, ratios):
         """Give the tensors in {parameter: r} that ratio, and all others their group's."""
@@ -439,6 +440,43 @@ class AdamWN(NormAdam):
                 both = torch.stack([b.R, b.state['init_norm'].to(b.R).square()])
                 squares = squares + torch.where(b.regularized, both, 0.0).sum(dim=1).to(device)
         return squares.sqrt()
+
+
+class AdamH(NormAdam):
+    """Adam that holds the norm of each tensor and the relative size of its step (arXiv 2606.16899).
+
+        theta <- R0 * Norm(theta - lr' * R0 * Norm(u)),  Norm(x) = x / ||x||,  lr' = step_scale * lr
+
+    Args:
+        params: as AdamCPR's without reg_embedding; what is not held takes Adam's steps at lr.
+        step_scale: a held tensor's step over its norm, per unit of learning rate.
+    R0 is the norm at the start. A tensor that starts at zero cannot be held: ValueError.
+    State of a held tensor besides Adam's, 0-d: init_norm (R0).
+    """
+
+    orders, reg_embedding, reg_norms = ('between',), False, False
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, *, step_scale=10.0, **common):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, step_scale=step_scale)
+        super().__init__(params, defaults, **common)
+
+    def check_group(self, group):
+        super().check_group(group)
+        check(group['step_scale'] >= 0, f'step_scale={group["step_scale"]} must be >= 0')
+
+    def init_state(self, b):
+        names = ', '.join(b.zeros())
+        check(not names, f'{names} starts at zero and has no norm to hold: set regularize=False')
+        return {'init_norm': b.R.sqrt().float()}
+
+    def decide(self, b):
+        R0, norm_u = b.state['init_norm'].to(b.R), b.u_squares.sqrt()
+        # theta - s * u, on the sphere again by a = R0 / ||theta - s * u||
+        s = torch.where(norm_u > 0, b.group['step_scale'] * b.lr * R0 / norm_u, 0.0)
+        squares = b.R - 2 * s * b.theta_u + s * s * b.u_squares
+        a = torch.where((s > 0) & (squares > 0), R0 / squares.sqrt(), 1.0)
+        torch.where(b.active, (a * s).float(), b.step_size, out=b.step_size)
+        return 1 - a, None
 
 
 def weight_norms(module):

@@ -11,9 +11,9 @@ import sys
 __version__ = '0.1.0'
 __path__ = [os.path.dirname(__file__)]
 
-from nanonorm.cpr import AdamCPR, AdamW, AdamWN  # noqa: E402  (found by __path__)
+from nanonorm.cpr import AdamCPR, AdamH, AdamW, AdamWN  # noqa: E402  (found by __path__)
 
-__all__ = ['AdamCPR', 'AdamW', 'AdamWN']
+__all__ = ['AdamCPR', 'AdamH', 'AdamW', 'AdamWN']
 
 if os.path.basename(__file__) == 'nanonorm.py':
     # In the checkout `import cpr` gives the same module and classes. It does so even if it came

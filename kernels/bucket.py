@@ -10,6 +10,12 @@ from . import dtensor, plain
 from .tensors import as_laid_out, is_capturing, is_dense, local, sum_dtype
 
 MOMENTS = ('exp_avg', 'exp_avg_sq')
+# what goes over memory before the rule decides, and what after
+PASSES = {
+    'before': (None, 'adam_'),
+    'between': ('moments_', 'apply_'),
+    'after': ('adam_', 'correct_'),
+}
 
 
 class Bucket:
@@ -42,6 +48,8 @@ class Bucket:
         self.has_grad, self._has_grad = None, None
         self.regularizes, self.zero = any(self.regularize), torch.zeros_like(self.lr)
         self.decides = optimizer.needs_R and self.regularizes
+        self.passes = PASSES[optimizer.order] if self.regularizes else ('adam_', None)
+        self.moment_sums = None
         self.measure(R=True)
         self.state = {'step': torch.zeros_like(self.decay)}
         self.state.update(optimizer.init_state(self) if self.regularizes else {})
@@ -70,11 +78,15 @@ class Bucket:
 
     def warn_of_zeros(self, consequence):
         """Warn of new tensors whose R is 0, which a bound or target relative to it would crush."""
-        for p, flag, zero in zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True):
-            starts = p.grad is not None and not self.optimizer.state.get(p)
-            if flag and zero and starts and p.numel():
-                name = self.optimizer.name_of(p)
-                warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
+        for name in self.zeros():
+            warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
+
+    def zeros(self):
+        """The names of regularized tensors that take their first step and whose R is 0."""
+        triples = zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True)
+        zeros = [p for p, flag, zero in triples if flag and zero and p.numel()]
+        starts = (p for p in zeros if p.grad is not None and not self.optimizer.state.get(p))
+        return [self.optimizer.name_of(p) for p in starts]
 
     def is_outdated(self):
         """Whether options differ now, or a parameter has moved or has its first gradient."""
@@ -115,17 +127,30 @@ class Bucket:
         if grads and self.optimizer.max_grad_norm is not None:
             sums['grad_squares'] = self.kernels.grad_squares(self.tensors)
         if R and self.decides:
-            sums['reg_sums'] = self.kernels.reg_sums(self.tensors)
+            moment_sums, self.moment_sums = self.moment_sums, None
+            sums['reg_sums'] = (
+                self.kernels.reg_sums(self.tensors) if moment_sums is None else moment_sums
+            )
         if self.shard_groups and sums:
             dtensor.all_reduce_(sums, self.shard_groups)
         self.found_inf, self.grad_squares = sums.get('found_inf'), sums.get('grad_squares')
         if R and self.decides:
-            self.R, total = sums['reg_sums'].unbind()
+            self.R, second, *others = sums['reg_sums'].unbind()
+            if others:
+                self.theta_u, self.u_squares = second, others[0]
             if self.tensors.reg_function == 'std':
-                self.mean = total / self.numel
+                self.mean = second / self.numel
                 squares = self.R - self.numel * self.mean.square()
                 squares = torch.where(squares > 1e-6 * self.R, squares, 0.0)  # else it is rounding
                 self.R = (squares / (self.numel - 1).clamp(min=1)).sqrt()
+
+    def run(self, name):
+        """Go over memory: the pass of this name, if any."""
+        t, coefficients, proceed = self.tensors, self.coefficients, self.proceed
+        if name == 'correct_':
+            self.kernels.correct_(t, coefficients, proceed)
+        elif name is not None:
+            self.moment_sums = getattr(self.kernels, name)(t, coefficients, self.hyper, proceed)
 
     def begin(self, grad_coef, proceed):
         """Count the step where it goes ahead, and fill in all that Adam's pass needs but d_j."""
@@ -140,6 +165,8 @@ class Bucket:
         self.lr.fill_(lr.reshape(()) if torch.is_tensor(lr) else lr)
         self.grad_coef.copy_(grad_coef)
         self.proceed = proceed.to(self.device)
+        if self.passes == PASSES['after']:  # the first pass corrects nothing
+            self.coefficients[:, :2].zero_()
 
         moves, step = self.has_grad & self.proceed, self.state['step']
         step += moves
@@ -162,7 +189,8 @@ def make_buckets(optimizer):
         flags = flags if isinstance(flags, list) else [flags] * len(group['params'])
         for p, flag in zip(group['params'], flags, strict=True):
             kernels = kernels_for(p, optimizer)
-            shared = id(groups), kernels, p.device, p.dtype, dtensor.shard_groups(p)
+            halves = flag and optimizer.order == 'between'  # others take the one cheaper pass
+            shared = id(groups), halves, kernels, p.device, p.dtype, dtensor.shard_groups(p)
             _, members, _ = buckets.setdefault(shared, (groups, [], kernels))
             members.append((p, flag))
     return [Bucket(optimizer, *arguments) for arguments in buckets.values()]

@@ -9,39 +9,23 @@ import math
 
 import numpy as np
 import torch
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
 
+from .numba_tools import array, arrays, element, in_vectors, options, share
 from .tensors import Table as Tensors  # noqa: F401  (what these passes work on)
-from .threads import share
 
 REG = {'l2': 0, 'std': 0, 'l1': 1, 'huber': 2}  # l2 and std have the same arithmetic
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)  # else Numba takes float64
 
 
-options = dict(error_model='numpy', fastmath={'contract', 'nsz', 'arcp'}, cache=True)
-try:
-    njit(**options)(lambda: 0)
-except RuntimeError:  # no folder for compiled code can be written
-    options['cache'] = False
-element = njit(**options, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for kernels to call
-
-
-@intrinsic
-def pointer(_, address):
-    """An address as a pointer: of an array made of it within a kernel, no index wraps."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(address), generate
+@element
+def moments(g, m, v, hyper):
+    return hyper[1] * m + hyper[2] * g, hyper[3] * v + hyper[4] * g * g
 
 
 @element
-def adam(g, m, v, hyper, rsqrt_bias2):
-    m = hyper[1] * m + hyper[2] * g
-    v = hyper[3] * v + hyper[4] * g * g
-    return m, v, m / (math.sqrt(v) * rsqrt_bias2 + hyper[5])
+def direction(m, v, rsqrt_bias2, hyper):
+    return m / (math.sqrt(v) * rsqrt_bias2 + hyper[5])
 
 
 @element
@@ -61,16 +45,9 @@ def reg_term(theta, reg):
     return small * (abs(theta) - HALF * small) if reg == 2 else abs(theta)
 
 
-@njit(**options, inline='always')
-def chunk_of(chunks, addresses, chunk, column):
-    """The chunk's theta, grad, exp_avg or exp_avg_sq as an array; empty if it has no address."""
-    j, start, size = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
-    return carray(pointer(addresses[j, column] + 4 * start), size if addresses[j, column] else 0)
-
-
-@njit(**options | {'fastmath': {*options['fastmath'], 'reassoc'}})
+@njit(**in_vectors)
 def sum_of(x, reg):
-    """A chunk's sums, in vectors: here alone, for every pass to find the same bits."""
+    """A chunk's sums: here alone, for every pass to find the same bits."""
     terms, elements = ZERO, ZERO
     for i in range(len(x)):
         terms += reg_term(x[i], reg)
@@ -79,66 +56,108 @@ def sum_of(x, reg):
 
 
 @njit(**options, nogil=True)
-def _sums(begin, end, chunks, addresses, column, reg, sums):
+def _sums(begin, end, table, column, reg, sums):
     for chunk in range(end - 1, begin - 1, -1):  # what is read last, `_adam` finds in the cache
-        sums[chunk, 0], sums[chunk, 1] = sum_of(chunk_of(chunks, addresses, chunk, column), reg)
+        sums[chunk, 0], sums[chunk, 1] = sum_of(array(table, chunk, column), reg)
 
 
 @njit(**options, nogil=True)
-def _adam(begin, end, chunks, addresses, coefficients, hyper, reg, sums):
+def _adam(begin, end, table, coefficients, hyper, reg, sums):
     for chunk in range(begin, end):
-        grad = chunk_of(chunks, addresses, chunk, 1)
-        if len(grad) == 0:
-            continue
-        theta = chunk_of(chunks, addresses, chunk, 0)
-        exp_avg = chunk_of(chunks, addresses, chunk, 2)
-        exp_avg_sq = chunk_of(chunks, addresses, chunk, 3)
-        row = coefficients[chunks[chunk, 0]]
+        theta, grad, exp_avg, exp_avg_sq = arrays(table, chunk)
+        row = coefficients[table[0][chunk, 0]]
         d, shift, s, rsqrt_bias2 = row[0], row[1], row[2], row[3]
         for i in range(len(grad)):
-            m, v, u = adam(hyper[0] * grad[i], exp_avg[i], exp_avg_sq[i], hyper, rsqrt_bias2)
+            m, v = moments(hyper[0] * grad[i], exp_avg[i], exp_avg_sq[i], hyper)
+            u = direction(m, v, rsqrt_bias2, hyper)
             theta[i] = corrected(theta[i], d, shift, reg) - s * u
             exp_avg[i] = m
             exp_avg_sq[i] = v
-        sums[chunk, 0], sums[chunk, 1] = sum_of(theta, reg)  # of what the cache still holds
+        if len(grad):
+            sums[chunk, 0], sums[chunk, 1] = sum_of(theta, reg)  # of what the cache still holds
 
 
 @njit(**options, nogil=True)
-def _correct(begin, end, chunks, addresses, coefficients, reg):
+def _correct(begin, end, table, coefficients, reg):
     for chunk in range(end - 1, begin - 1, -1):
-        d, shift = coefficients[chunks[chunk, 0], 0], coefficients[chunks[chunk, 0], 1]
+        row = coefficients[table[0][chunk, 0]]
+        d, shift = row[0], row[1]
         if d != 0:
-            theta = chunk_of(chunks, addresses, chunk, 0)
+            theta = array(table, chunk, 0)
             for i in range(len(theta)):
                 theta[i] = corrected(theta[i], d, shift, reg)
 
 
+@njit(**in_vectors, nogil=True)
+def _moments(begin, end, table, coefficients, hyper, sums):
+    for chunk in range(begin, end):
+        theta, grad, exp_avg, exp_avg_sq = arrays(table, chunk)
+        rsqrt_bias2 = coefficients[table[0][chunk, 0], 3]
+        theta_theta, theta_u, u_u = ZERO, ZERO, ZERO
+        for i in range(len(grad)):
+            m, v = moments(hyper[0] * grad[i], exp_avg[i], exp_avg_sq[i], hyper)
+            u = direction(m, v, rsqrt_bias2, hyper)
+            exp_avg[i] = m
+            exp_avg_sq[i] = v
+            theta_theta += theta[i] * theta[i]
+            theta_u += theta[i] * u
+            u_u += u * u
+        sums[chunk, 0], sums[chunk, 1], sums[chunk, 2] = theta_theta, theta_u, u_u
+
+
+@njit(**options, nogil=True)
+def _apply(begin, end, table, coefficients, hyper):
+    for chunk in range(end - 1, begin - 1, -1):
+        theta, grad, exp_avg, exp_avg_sq = arrays(table, chunk)
+        row = coefficients[table[0][chunk, 0]]
+        d, s, rsqrt_bias2 = row[0], row[2], row[3]
+        for i in range(len(grad)):
+            u = direction(exp_avg[i], exp_avg_sq[i], rsqrt_bias2, hyper)
+            theta[i] = (ONE - d) * theta[i] - s * u
+
+
 def grad_squares(t):
-    _run(_sums, t, 1, REG['l2'], t.grad_sums.numpy())
+    _run(_sums, t, 1, REG['l2'], t.grad_sums)
     return t.grad_sums[:, 0].sum(dtype=torch.float64)
 
 
 def reg_sums(t):
     if not t.sums_are_current():
-        _run(_sums, t, 0, REG[t.reg_function], t.sums.numpy())
+        _run(_sums, t, 0, REG[t.reg_function], t.sums)
         t.mark_sums_current()
-    starts = t.first[:-1].numpy()
-    return torch.from_numpy(np.add.reduceat(t.sums.numpy(), starts, axis=0, dtype=np.float64).T)
+    return _totals(t, t.sums)[:2]
 
 
 def adam_(t, coefficients, hyper, proceed):
     if proceed:
-        numbers = tuple(hyper.numpy())  # scalars for Numba
-        _run(_adam, t, coefficients.numpy(), numbers, REG[t.reg_function], t.sums.numpy())
+        _run(_adam, t, coefficients, tuple(hyper.numpy()), REG[t.reg_function], t.sums)
         t.mark_written(summed=True)
 
 
 def correct_(t, coefficients, proceed):
     if proceed:
-        _run(_correct, t, coefficients.numpy(), REG[t.reg_function])
+        _run(_correct, t, coefficients, REG[t.reg_function])
         t.mark_written()
 
 
+def moments_(t, coefficients, hyper, proceed):
+    if proceed:
+        _run(_moments, t, coefficients, tuple(hyper.numpy()), t.moment_sums)
+    return _totals(t, t.moment_sums)
+
+
+def apply_(t, coefficients, hyper, proceed):
+    if proceed:
+        _run(_apply, t, coefficients, tuple(hyper.numpy()))
+        t.mark_written()
+
+
+def _totals(t, sums):
+    starts = t.first[:-1].numpy()
+    return torch.from_numpy(np.add.reduceat(sums.numpy(), starts, axis=0, dtype=np.float64).T)
+
+
 def _run(function, t, *arguments):
+    arguments = [x.numpy() if torch.is_tensor(x) else x for x in arguments]
     table = t.chunks.numpy(), t.addresses.numpy()
-    share(function, len(t.chunks), t.numel, *table, *arguments)
+    share(function, len(t.chunks), t.numel, table, *arguments)

@@ -29,10 +29,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 @triton.jit
-def adam(g, m, v, beta1, rest1, beta2, rest2, eps, rsqrt_bias2):
-    m = beta1 * m + rest1 * g
-    v = beta2 * v + rest2 * g * g
-    return m, v, m / (tl.sqrt_rn(v) * rsqrt_bias2 + eps)  # sqrt would flush a tiny v to 0
+def direction(m, v, rsqrt_bias2, eps):
+    return m / (tl.sqrt_rn(v) * rsqrt_bias2 + eps)  # sqrt would flush a tiny v to 0
 
 
 @triton.jit
@@ -89,6 +87,7 @@ def sum_span(addresses, column, start, size, DTYPE: constexpr, REG: constexpr, V
 def adam_span(
     addresses, coefficients, hyper, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr
 ):
+    """plain.adam_ or, where REG is None, plain.moments_; returns the sums of three."""
     theta_ptr = pointer(addresses, 0, start, DTYPE, V)
     grad_ptr = pointer(addresses, 1, start, DTYPE, V)
     exp_avg_ptr = pointer(addresses, 2, start, tl.float32, V)
@@ -97,22 +96,26 @@ def adam_span(
     s, rsqrt_bias2 = tl.load(coefficients + 2), tl.load(coefficients + 3)
     grad_coef, beta1, rest1 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)
     beta2, rest2, eps = tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5)
-    terms, elements = tl.zeros([LANES * V], tl.float32), tl.zeros([LANES * V], tl.float32)
+    zeros = tl.zeros([LANES * V], tl.float32)
+    x, y, z = zeros, zeros, zeros
     for k in range(0, size, LANES * V):
         at = k + tl.arange(0, LANES * V)
         mask = at // V < size // V
         g = tl.load(grad_ptr + at, mask, 0.0).to(tl.float32) * grad_coef
         m, v = tl.load(exp_avg_ptr + at, mask, 0.0), tl.load(exp_avg_sq_ptr + at, mask, 0.0)
         theta = tl.load(theta_ptr + at, mask, 0.0).to(tl.float32)
-        m, v, u = adam(g, m, v, beta1, rest1, beta2, rest2, eps, rsqrt_bias2)
-        theta = (corrected(theta, d, shift, REG) - s * u).to(DTYPE)
-        tl.store(theta_ptr + at, theta, mask)
+        m, v = beta1 * m + rest1 * g, beta2 * v + rest2 * g * g
         tl.store(exp_avg_ptr + at, m, mask)
         tl.store(exp_avg_sq_ptr + at, v, mask)
-        theta = tl.where(mask, theta.to(tl.float32), 0.0)
-        terms += reg_term(theta, REG)
-        elements += theta
-    return tl.sum(terms), tl.sum(elements)
+        u = tl.where(mask, direction(m, v, rsqrt_bias2, eps), 0.0)
+        if REG is None:
+            x, y, z = x + theta * theta, y + theta * u, z + u * u
+        else:
+            theta = (corrected(theta, d, shift, REG) - s * u).to(DTYPE)
+            tl.store(theta_ptr + at, theta, mask)
+            theta = tl.where(mask, theta.to(tl.float32), 0.0)
+            x, y = x + reg_term(theta, REG), y + theta
+    return tl.sum(x), tl.sum(y), tl.sum(z)
 
 
 @triton.jit
@@ -126,6 +129,22 @@ def correct_span(
         mask = at // V < size // V
         theta = tl.load(theta_ptr + at, mask, 0.0).to(tl.float32)
         tl.store(theta_ptr + at, corrected(theta, d, shift, REG).to(DTYPE), mask)
+
+
+@triton.jit
+def apply_span(addresses, coefficients, hyper, start, size, DTYPE: constexpr, V: constexpr):
+    theta_ptr = pointer(addresses, 0, start, DTYPE, V)
+    exp_avg_ptr = pointer(addresses, 2, start, tl.float32, V)
+    exp_avg_sq_ptr = pointer(addresses, 3, start, tl.float32, V)
+    d, s, rsqrt_bias2 = tl.load(coefficients), tl.load(coefficients + 2), tl.load(coefficients + 3)
+    eps = tl.load(hyper + 5)
+    for k in range(0, size, LANES * V):
+        at = k + tl.arange(0, LANES * V)
+        mask = at // V < size // V
+        m, v = tl.load(exp_avg_ptr + at, mask, 0.0), tl.load(exp_avg_sq_ptr + at, mask, 0.0)
+        theta = tl.load(theta_ptr + at, mask, 0.0).to(tl.float32)
+        theta = (1 - d) * theta - s * direction(m, v, rsqrt_bias2, eps)
+        tl.store(theta_ptr + at, theta.to(DTYPE), mask)
 
 
 # ---- the kernels: a chunk a program
@@ -158,13 +177,16 @@ def _sums(chunks, addresses, sums, COLUMN: constexpr, DTYPE: constexpr, REG: con
         if head < size:
             tail = sum_span(addresses, COLUMN, start + head, size - head, DTYPE, REG, 1)
             terms, elements = terms + tail[0], elements + tail[1]
-    tl.store(sums + 2 * chunk, terms)
-    tl.store(sums + 2 * chunk + 1, elements)
+    tl.store(sums + 3 * chunk, terms)
+    tl.store(sums + 3 * chunk + 1, elements)
 
 
 @triton.jit
 def _adam(chunks, addresses, coefficients, hyper, proceed, sums, DTYPE: constexpr, REG: constexpr):
-    """plain.adam_ for a chunk, and the sums of its new theta. 28 bytes an element (float32)."""
+    """plain.adam_ for a chunk, and the sums of its new theta. 28 bytes an element (float32).
+
+    Where REG is None, plain.moments_: 24 bytes.
+    """
     chunk = tl.program_id(0)
     j, start, size = chunk_of(chunks, chunk)
     addresses += 4 * j
@@ -173,13 +195,14 @@ def _adam(chunks, addresses, coefficients, hyper, proceed, sums, DTYPE: constexp
     if tl.load(proceed) & (grad != 0):
         any_of = tl.load(addresses) | grad | tl.load(addresses + 2) | tl.load(addresses + 3)
         head = vector_size(any_of, size)
-        terms, elements = adam_span(addresses, coefficients, hyper, start, head, DTYPE, REG, VEC)
+        x, y, z = adam_span(addresses, coefficients, hyper, start, head, DTYPE, REG, VEC)
         if head < size:
             start, size = start + head, size - head
             tail = adam_span(addresses, coefficients, hyper, start, size, DTYPE, REG, 1)
-            terms, elements = terms + tail[0], elements + tail[1]
-        tl.store(sums + 2 * chunk, terms)
-        tl.store(sums + 2 * chunk + 1, elements)
+            x, y, z = x + tail[0], y + tail[1], z + tail[2]
+        tl.store(sums + 3 * chunk, x)
+        tl.store(sums + 3 * chunk + 1, y)
+        tl.store(sums + 3 * chunk + 2, z)
 
 
 @triton.jit
@@ -196,6 +219,20 @@ def _correct(chunks, addresses, coefficients, proceed, DTYPE: constexpr, REG: co
 
 
 @triton.jit
+def _apply(chunks, addresses, coefficients, hyper, proceed, DTYPE: constexpr):
+    """plain.apply_ for a chunk. 16 bytes an element (float32)."""
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # what `_moments` wrote last is cached
+    j, start, size = chunk_of(chunks, chunk)
+    addresses += 4 * j
+    coefficients += 4 * j
+    if tl.load(proceed) & (tl.load(addresses + 1) != 0):
+        any_of = tl.load(addresses) | tl.load(addresses + 2) | tl.load(addresses + 3)
+        head = vector_size(any_of, size)
+        apply_span(addresses, coefficients, hyper, start, head, DTYPE, VEC)
+        apply_span(addresses, coefficients, hyper, start + head, size - head, DTYPE, 1)
+
+
+@triton.jit
 def _totals(first, sums, totals):
     """The sum of a tensor's chunks, float64, in their order: one tensor and row a program."""
     j, row = tl.program_id(0), tl.program_id(1)
@@ -203,7 +240,7 @@ def _totals(first, sums, totals):
     total = tl.zeros([LANES], tl.float64)
     for chunk in range(tl.load(first + j), end, LANES):
         at = chunk + tl.arange(0, LANES)
-        total += tl.load(sums + 2 * at + row, at < end, 0.0).to(tl.float64)
+        total += tl.load(sums + 3 * at + row, at < end, 0.0).to(tl.float64)
     tl.store(totals + row * tl.num_programs(0) + j, tl.sum(total))
 
 
@@ -219,10 +256,7 @@ def reg_sums(t):
     if not t.sums_are_current():
         _launch(_sums, t, t.sums, COLUMN=0, REG=t.reg_function)
         t.mark_sums_current()
-    totals = torch.empty(2, len(t.params), dtype=torch.float64, device=t.device)
-    with _on(t.device):
-        _totals[(len(t.params), 2)](t.first, t.sums, totals, num_warps=WARPS)
-    return totals
+    return _totals_of(t, t.sums)[:2]
 
 
 def adam_(t, coefficients, hyper, proceed):
@@ -233,6 +267,24 @@ def adam_(t, coefficients, hyper, proceed):
 def correct_(t, coefficients, proceed):
     _launch(_correct, t, coefficients, proceed, REG=t.reg_function)
     t.mark_written()
+
+
+def moments_(t, coefficients, hyper, proceed):
+    _launch(_adam, t, coefficients, hyper, proceed, t.moment_sums, REG=None)
+    return _totals_of(t, t.moment_sums)
+
+
+def apply_(t, coefficients, hyper, proceed):
+    _launch(_apply, t, coefficients, hyper, proceed)
+    t.mark_written()
+
+
+def _totals_of(t, sums):
+    """The sums of each tensor: (3, n) float64."""
+    totals = torch.empty(3, len(t.params), dtype=torch.float64, device=t.device)
+    with _on(t.device):
+        _totals[(len(t.params), 3)](t.first, sums, totals, num_warps=WARPS)
+    return totals
 
 
 def _on(device):

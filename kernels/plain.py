@@ -39,15 +39,12 @@ def adam_(t, coefficients, hyper, proceed):
     1 / sqrt(1 - beta2^t). hyper: (6,) float32: grad_coef, beta1, 1 - beta1, beta2, 1 - beta2, eps.
     proceed: 0-d bool; where False, nothing changes.
     """
-    grad_coef, beta1, rest1, beta2, rest2, eps = hyper
     tensors = zip(t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, coefficients, strict=True)
     for theta, g, m, v, (d, shift, s, rsqrt_bias2) in tensors:
         if g is None:
             continue
-        g = g.float() * grad_coef
-        new_m = beta1 * m + rest1 * g
-        new_v = beta2 * v + rest2 * g * g
-        u = new_m / (new_v.sqrt() * rsqrt_bias2 + eps)
+        new_m, new_v = moments(g.float() * hyper[0], m, v, hyper)
+        u = direction(new_m, new_v, rsqrt_bias2, hyper)
         new_theta = corrected(theta.float(), d, shift, t.reg_function) - s * u
         for x, new in ((m, new_m), (v, new_v), (theta, new_theta)):
             x.copy_(torch.where(proceed, new, x))
@@ -59,6 +56,44 @@ def correct_(t, coefficients, proceed):
         if g is not None:
             new = corrected(theta.float(), d, shift, t.reg_function)
             theta.copy_(torch.where(proceed, new, theta))
+
+
+def moments_(t, coefficients, hyper, proceed):
+    """The first half of `adam_`: m and v. 24 bytes a parameter in gpu.py and cpu.py.
+
+    Returns sum(theta^2), sum(theta * u) and sum(u^2) of each tensor, (3, n) float64, where u is
+    m / (sqrt(v) / sqrt(1 - beta2^t) + eps). 0 without a gradient.
+    """
+    sums = []
+    tensors = zip(t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, coefficients, strict=True)
+    for theta, g, m, v, (_, _, _, rsqrt_bias2) in tensors:
+        if g is None:
+            sums.append(theta.new_zeros(3, dtype=sum_dtype(t.device)))
+            continue
+        new_m, new_v = moments(g.float() * hyper[0], m, v, hyper)
+        theta, u = theta.float(), direction(new_m, new_v, rsqrt_bias2, hyper)
+        sums.append(torch.stack([total(theta.square()), total(theta * u), total(u.square())]))
+        for x, new in ((m, new_m), (v, new_v)):
+            x.copy_(torch.where(proceed, new, x))
+    return torch.stack(sums, dim=1)
+
+
+def apply_(t, coefficients, hyper, proceed):
+    """The second half: theta <- (1 - d) theta - s u. 16 bytes a parameter."""
+    tensors = zip(t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, coefficients, strict=True)
+    for theta, g, m, v, (d, _, s, rsqrt_bias2) in tensors:
+        if g is not None:
+            new = (1 - d) * theta.float() - s * direction(m, v, rsqrt_bias2, hyper)
+            theta.copy_(torch.where(proceed, new, theta))
+
+
+def moments(g, m, v, hyper):
+    _, beta1, rest1, beta2, rest2, _ = hyper
+    return beta1 * m + rest1 * g, beta2 * v + rest2 * g * g
+
+
+def direction(m, v, rsqrt_bias2, hyper):
+    return m / (v.sqrt() * rsqrt_bias2 + hyper[5])
 
 
 def corrected(theta, d, shift, reg_function):

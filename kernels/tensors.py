@@ -37,8 +37,8 @@ class Table(Tensors):
     addresses: (n, 4) int64 on the device: theta, grad, exp_avg, exp_avg_sq; 0: no such tensor.
     chunks: (c, 3) int64. Each tensor is cut into chunks of CHUNK elements of its memory, the last
     one shorter and possibly empty: a chunk's tensor, where in it the chunk starts, and its size.
-    first: (n + 1,) int64, a tensor's first chunk. sums, grad_sums: (c, 2) float32, a chunk's part
-    of reg_sums and of grad_squares.
+    first: (n + 1,) int64, a tensor's first chunk. sums, grad_sums, moment_sums: (c, 3) float32, a
+    chunk's part of reg_sums and grad_squares (columns 0 and 1), and of what moments_ returns.
     """
 
     def __init__(self, params, reg_function='l2'):
@@ -49,8 +49,8 @@ class Table(Tensors):
             chunks += [(j, start, min(CHUNK, p.numel() - start)) for start in starts]
             first.append(len(chunks))
         self.chunks, self.first = (torch.tensor(x, device=self.device) for x in (chunks, first))
-        sums = torch.zeros(2, len(chunks), 2, dtype=torch.float32, device=self.device)
-        self.sums, self.grad_sums = sums.unbind()
+        sums = torch.zeros(3, len(chunks), 3, dtype=torch.float32, device=self.device)
+        self.sums, self.grad_sums, self.moment_sums = sums.unbind()
         self._rows = [[address, 0, 0, 0] for address, _ in self._places]
         self._uploaded, self._spare = False, None
         self._versions = [None] * len(params)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 from parallel import start
 
 SHAPES = [(7, 6), (1, 5), (8, 4), (3, 2, 2), (6,)]  # four uneven shards, some of them empty
@@ -91,6 +91,7 @@ def cases():
             options = dict(rate=0.3, ratio=1.5, scope=scope, **common)
             yield f'wn {scope} {order}', AdamWN, options
     yield 'adamw', AdamW, dict(lr=0.05, weight_decay=0.5, max_grad_norm=1.0)
+    yield 'h', AdamH, dict(lr=0.05, step_scale=2.0, max_grad_norm=1.0)
 
 
 def main():

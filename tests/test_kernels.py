@@ -39,6 +39,12 @@ def test_numba_updates_what_plain_torch_does(cpu, reg, offset, missing):
         for problem in (ours, theirs):
             problem.correct_()
         assert difference(ours.t.params, theirs.t.params) < WEIGHT_AND_STATE
+        sums = [problem.moments_() for problem in (ours, theirs)]
+        torch.testing.assert_close(*sums, rtol=1e-6, atol=1e-3)
+        assert difference(ours.tensors, theirs.tensors) < WEIGHT_AND_STATE
+        for problem in (ours, theirs):
+            problem.apply_()
+        assert difference(ours.tensors, theirs.tensors) < WEIGHT_AND_STATE
     n = len(SIZES)
     for j, size in enumerate(SIZES):
         unchanged = [torch.equal(ours.tensors[i], before[i]) for i in (j, j + n, j + 2 * n)]
@@ -67,8 +73,8 @@ def test_a_step_that_does_not_proceed_writes_nothing(kernels):
     problem.t.set_grads([torch.full_like(p, float('nan')) for p in problem.t.params])
     problem.proceed = torch.tensor(False)
     before = [x.clone() for x in problem.tensors]
-    problem.adam_()
-    problem.correct_()
+    for step in (problem.adam_, problem.correct_, problem.moments_, problem.apply_):
+        step()
     assert same_bits(before, problem.tensors)
 
 

@@ -78,6 +78,12 @@ def test_triton_updates_and_sums_what_plain_torch_does(sizes, reg, dtype, offset
         tolerance = 1e-6 if dtype == torch.float32 else 1e-3
         for a, b in zip(ours.reg_sums(), theirs.reg_sums(), strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=max(sizes) * tolerance)
+    sums = [problem.moments_() for problem in (ours, theirs)]
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=max(sizes) * 1e-3)
+    for problem in (ours, theirs):
+        problem.apply_()
+    assert difference(ours.t.params, theirs.t.params) <= 2 * ROUNDING[dtype]
+    assert difference(ours.tensors[len(sizes) :], theirs.tensors[len(sizes) :]) < 6e-6
     if dtype != torch.float32:
         pairs = list(zip(ours.t.params, theirs.t.params, strict=True))
         assert sum((p != q).sum() for p, q in pairs) <= 0.01 * sum(p.numel() for p, _ in pairs)
@@ -95,7 +101,8 @@ def test_a_step_that_does_not_proceed_writes_nothing():
     sums = problem.reg_sums()
     problem.adam_()
     assert torch.equal(sums, problem.reg_sums())
-    problem.correct_()
+    for step in (problem.correct_, problem.moments_, problem.apply_):
+        step()
     assert same_bits(before, problem.tensors)
 
 
@@ -225,15 +232,20 @@ def test_aligned_elements_are_accessed_four_a_lane_and_others_one(ahead_of_time,
     """16 bytes of float32 at once, 8 of the 16-bit weights and gradients."""
     rows = of(ahead_of_time, f'adam {dtype}')
     rows += of(ahead_of_time, f'correct {dtype}') + of(ahead_of_time, f'sums {dtype}')
-    assert len({row['kernel'] for row in rows}) >= 3
+    rows += of(ahead_of_time, f'moments {dtype}') + of(ahead_of_time, f'apply {dtype}')
+    assert len({row['kernel'] for row in rows}) >= 5
     for row in rows:
         for loop, lane in zip(row['loops'], (4, 1), strict=True):
             weight, moment = lane * size, lane * 4
-            moments = 2 if row['kernel'].startswith('adam') else 0
-            writes = 0 if row['kernel'].startswith('sums') else 1
-            grads = 1 if moments else 0
-            assert sorted(loop['loads']) == sorted([weight] * (1 + grads) + [moment] * moments)
-            assert sorted(loop['stores']) == sorted([weight] * writes + [moment] * moments)
+            loads, stores = {  # of weights or gradients, and of moments
+                'adam': ((2, 2), (1, 2)),
+                'moments': ((2, 2), (0, 2)),
+                'apply': ((1, 2), (1, 0)),
+                'correct': ((1, 0), (1, 0)),
+                'sums': ((1, 0), (0, 0)),
+            }[row['kernel'].split()[0]]
+            assert sorted(loop['loads']) == sorted([weight] * loads[0] + [moment] * loads[1])
+            assert sorted(loop['stores']) == sorted([weight] * stores[0] + [moment] * stores[1])
 
 
 def test_nothing_is_compiled_after_the_second_step_whatever_the_schedule(ahead_of_time):

@@ -24,7 +24,7 @@ from helpers.optimizers import (
 )
 from torch import nn
 
-from cpr import AdamCPR, AdamW, AdamWN, weight_norms
+from cpr import AdamCPR, AdamH, AdamW, AdamWN, weight_norms
 
 MATRICES = {'wte.weight', 'wpe.weight', 'fc.weight', 'conv.weight'}
 
@@ -41,10 +41,11 @@ def test_a_module_makes_two_groups_laid_out_as_nanogpts(cls):
     assert ours[1]['weight_decay'] == 0.0
 
 
-def test_adamcpr_regularizes_a_modules_matrices_but_not_embeddings_tied_weights_norms_or_biases():
+def test_adamcpr_and_adamh_leave_out_a_modules_embeddings_tied_weights_norms_and_biases():
     model = Tiny()
     assert regularized(AdamCPR(model), model) == {'fc.weight', 'conv.weight'}
     assert regularized(AdamCPR(model, reg_embedding=True), model) == MATRICES
+    assert regularized(AdamH(model), model) == {'fc.weight', 'conv.weight'}
 
 
 @pytest.mark.parametrize('cls', [AdamW, AdamWN])

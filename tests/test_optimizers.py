@@ -1,4 +1,4 @@
-"""What AdamW, AdamCPR and AdamWN compute: against formulas, torch.optim and pytorch-cpr."""
+"""What AdamW, AdamCPR, AdamWN and AdamH compute: against formulas, torch.optim and pytorch-cpr."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ from helpers.optimizers import (
 from helpers.reference import SHAPES, STEPS, Reference, schedule, weights
 from torch import nn
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 
 # Triton's interpreter takes its time
 TRITON_STEPS, TRITON_SHAPES = 22, [(7,), (3, 5), (9, 65)]
@@ -195,8 +195,18 @@ def test_adamwn_follows_its_formula_in_triton(order, scope, impl):
     assert_follows('adamwn', starts, grads, impl, max_grad_norm=clipping(grads), **options)
 
 
+@pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
+@pytest.mark.parametrize('clip', [False, True], ids=['unclipped', 'clipped'])
+def test_adamh_follows_its_formula(clip, impl):
+    shapes = TRITON_SHAPES if impl == 'triton' else [*SHAPES[1:], (257, 129)]
+    starts = [weights(s, i) for i, s in enumerate(shapes)]
+    grads = gradient_steps(starts, 12 if impl == 'triton' else 200)
+    options = dict(step_scale=1.5, regularize=[i % 3 != 0 for i in range(len(starts))])
+    assert_follows('adamh', starts, grads, impl, max_grad_norm=clipping(grads, clip), **options)
+
+
 def half_precision_cases():
-    options = {'adamw': ('adamw', {'weight_decay': 0.5})}
+    options = {'adamw': ('adamw', {'weight_decay': 0.5}), 'h': ('adamh', {'step_scale': 1.0})}
     for order, scope in itertools.product(ORDERS, ('tensor', 'global')):
         wn = {'order': order, 'rate': 0.1, 'ratio': 1.5, 'scope': scope}
         options[f'wn {scope} {order}'] = 'adamwn', wn
@@ -214,6 +224,7 @@ HALF_IN_TRITON = [
     'cpr std dependent after',
     'cpr huber warm_start after',
     'wn tensor after',
+    'h',
 ]
 
 
@@ -380,6 +391,51 @@ def test_adamwn_leaves_vectors_uncontrolled(problem):
     free = trained(lambda p: AdamW(p, weight_decay=0.0), *problem)
     controlled = trained(lambda p: AdamWN(p, rate=0.5, ratio=3.0), *problem)
     assert all_same_bits([s[:1] for s in free], [s[:1] for s in controlled])
+
+
+def trained_adamh(start, grads, **options):
+    p = nn.Parameter(start.clone())
+    optimizer = AdamH(everywhere([p]), lr=0.01, betas=BETAS, **options)
+    norms, steps = [], []
+    for grad in grads:
+        before = p.detach().double()
+        train(optimizer, [p], [grad])
+        norms.append(p.detach().double().norm())
+        steps.append((p.detach().double() - before).norm() / before.norm())
+    return torch.stack(norms), torch.stack(steps)
+
+
+@pytest.mark.parametrize('impl', [TORCH, NUMBA])
+def test_adamh_holds_every_norm_over_a_thousand_steps(impl):
+    start = weights((33, 65))
+    grads = [(torch.randn_like(start),) for _ in range(1000)]
+    norms, _ = trained_adamh(start, grads, impl=impl, step_scale=5.0)
+    torch.testing.assert_close(norms / start.double().norm(), norms * 0 + 1, rtol=1e-6, atol=0)
+
+
+def test_a_step_of_adamh_is_lr_times_step_scale_of_the_norm_whatever_the_gradient():
+    start = weights((33, 65))
+    grads = [(torch.randn_like(start) * 10.0 ** (t % 7 - 3),) for t in range(50)]
+    _, steps = trained_adamh(start, grads, step_scale=2.0)
+    # the way to the sphere and back to it: of second order in the step of 0.02
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.02), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
+def test_adamh_without_any_gradient_moves_nothing(impl):
+    p = nn.Parameter(weights((4, 3)).to(device_of(impl)))
+    start = p.detach().clone()
+    train(AdamH([p], impl=impl), [p], [[torch.zeros(4, 3)]] * 3)
+    assert torch.equal(p, start)
+
+
+def test_adamh_refuses_a_tensor_that_starts_at_zero_by_its_name():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    nn.init.zeros_(model[1].weight)
+    optimizer = AdamH(model)
+    model(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match='1.weight starts at zero'):
+        optimizer.step()
 
 
 def test_defaults_are_the_papers():

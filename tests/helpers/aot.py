@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 from nanonorm.kernels import gpu
 
 POINTERS = {
@@ -42,6 +42,9 @@ def kernels():
             generations = (80, 90, 100) if reg == 'l2' else (90,)
             constants = dict(DTYPE=dtype, REG=reg)
             yield f'adam {dtype} {reg}', gpu._adam, constants, gpu.WARPS, generations
+        halves = dict(DTYPE=dtype, REG=None)
+        yield f'moments {dtype}', gpu._adam, halves, gpu.WARPS, (80, 90, 100)
+        yield f'apply {dtype}', gpu._apply, dict(DTYPE=dtype), gpu.WARPS, (80, 90, 100)
         yield f'correct {dtype}', gpu._correct, constants, gpu.WARPS, (90,)
         yield f'sums {dtype}', gpu._sums, dict(COLUMN=0, **constants), gpu.WARPS, (90,)
     yield 'totals', gpu._totals, {}, 4, (90,)
@@ -120,6 +123,7 @@ def compilations():
         'adamcpr': lambda p: AdamCPR(p, reg_by_lr=True, **common),
         'adamcpr after': lambda p: AdamCPR(p, reg_function='std', order='after', **common),
         'adamwn before': lambda p: AdamWN(p, order='before', **common),
+        'adamh': lambda p: AdamH(p, **common),
     }.items():
         params = [torch.nn.Parameter(torch.ones(n, 16)) for n in (1, 16, 700)]
         optimizer, seen = make(params), []

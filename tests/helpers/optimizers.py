@@ -10,9 +10,9 @@ import torch
 from helpers.reference import Reference, gradients, penalty, weights
 from torch import nn
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 
-KINDS = {'adamw': AdamW, 'adamcpr': AdamCPR, 'adamwn': AdamWN}
+KINDS = {'adamw': AdamW, 'adamcpr': AdamCPR, 'adamwn': AdamWN, 'adamh': AdamH}
 BETAS = (0.8, 0.95)
 ORDERS = ['before', 'after']
 REG_FUNCTIONS = ['l2', 'l1', 'huber', 'std']
@@ -71,6 +71,7 @@ VARIANTS = {
         'adamwn',
         {'rate': 0.2, 'ratio': 1.3, 'scope': 'global', 'order': 'before'},
     ),
+    'h': ('adamh', {'step_scale': 2.0}),
 }
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
 SHAPES = [(4, 3), (7,), (17, 9)]

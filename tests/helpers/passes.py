@@ -49,6 +49,12 @@ class Problem:
     def adam_(self):
         self.kernels.adam_(self.t, self.coefficients, self.hyper, self.proceed)
 
+    def moments_(self):
+        return self.kernels.moments_(self.t, self.coefficients, self.hyper, self.proceed).cpu()
+
+    def apply_(self):
+        self.kernels.apply_(self.t, self.coefficients, self.hyper, self.proceed)
+
     def correct_(self):
         # a tensor without a gradient is not corrected: cpr.py gives it a d of 0
         moving = torch.tensor([[g is not None] for g in self.t.grads], device=self.device)

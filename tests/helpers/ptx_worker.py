@@ -14,7 +14,7 @@ sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parents[2])]
 import harness  # noqa: I001, E402  (before anything imports triton)
 import torch  # noqa: E402
 
-from cpr import AdamCPR, AdamW, AdamWN  # noqa: E402
+from cpr import AdamCPR, AdamH, AdamW, AdamWN  # noqa: E402
 from nanonorm.kernels import gpu  # noqa: E402
 
 SIZES = [1, 1023, 8192, 20000]
@@ -27,12 +27,12 @@ def touches(kernel, arguments):
         return {'totals'}, []
     t = TABLES[arguments['addresses'].data_ptr()]
     grads = [g for g in t.grads if g is not None]
-    behind = [(f'theta {j}', p, kernel in ('_adam', '_correct')) for j, p in enumerate(t.params)]
+    behind = [(f'theta {j}', p, kernel != '_sums') for j, p in enumerate(t.params)]
     behind += [(f'grad {j}', g, False) for j, g in enumerate(grads)]
     for name, moments in (('exp_avg', t.exp_avgs), ('exp_avg_sq', t.exp_avg_sqs)):
         known = [(f'{name} {j}', m, True) for j, m in enumerate(moments) if m is not None]
         behind += known if kernel == '_adam' else []
-    return {'_sums': {'sums'}, '_adam': {'sums'}, '_correct': set()}[kernel], behind
+    return {'sums'} & arguments.keys(), behind
 
 
 class NotedTable(gpu.Tensors):
@@ -88,6 +88,8 @@ CASES = {
         torch.float32,
     ),
     'wn global after': (lambda p, **kw: AdamWN(p, ratio=1.5, scope='global', **kw), torch.float32),
+    'h': (lambda p, **kw: AdamH(p, **kw), torch.float32),
+    'h bfloat16': (lambda p, **kw: AdamH(p, **kw), torch.bfloat16),
     'wn eps 0': (lambda p, **kw: AdamWN(p, ratio=1.5, eps=0.0, **kw), torch.float32),
 }
 

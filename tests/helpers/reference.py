@@ -1,4 +1,4 @@
-"""AdamW, AdamCPR and AdamWN in float64, as their formulas say: what cpr.py is measured against.
+"""The optimizers in float64, as their formulas say: what cpr.py is measured against.
 
 One tensor at a time, no cache, no pass that does two things. Each is Adam's step less a correction,
 
@@ -6,7 +6,8 @@ One tensor at a time, no cache, no pass that does two things. Each is Adam's ste
 
 where u_t = m_hat / (sqrt(v_hat) + eps), and the point is theta_{t-1} (order 'before') or
 theta_{t-1} - lr * u_t ('after'). Sources: AdamW, Loshchilov & Hutter 2019; AdamCPR,
-arXiv 2311.09058, Algorithm 1; AdamWN, arXiv 2311.11446, Algorithm 1.
+arXiv 2311.09058, Algorithm 1; AdamWN, arXiv 2311.11446, Algorithm 1. AdamH is another step:
+Hyperball, arXiv 2606.16899.
 """
 
 import math
@@ -81,11 +82,12 @@ OPTIONS = {
         'reg_by_lr': False,
     },
     'adamwn': {'rate': 1e-2, 'ratio': 1.0, 'norm': None, 'ramp': 1.0, 'scope': 'tensor'},
+    'adamh': {'step_scale': 10.0},
 }
 
 
 class Reference:
-    """kind: 'adamw', 'adamcpr' or 'adamwn'; options: the arguments of the optimizer in cpr.py.
+    """kind: a key of OPTIONS; options: the arguments of the optimizer in cpr.py.
 
     params: tensors, which are copied. regularize: a bool a tensor; by default tensors of two or
     more dimensions. ratios: AdamWN.set_ratios' as a list, None where there is none. dtype: what
@@ -124,9 +126,13 @@ class Reference:
         moving = [(w, clip * g) for w, g in zip(self.tensors, grads, strict=True) if g is not None]
         for w, _ in moving:
             w.theta_0 = w.theta.clone() if w.theta_0 is None else w.theta_0
-        steps = [self.lr * self.direction(w, g) for w, g in moving]
+        directions = [self.direction(w, g) for w, g in moving]
+        steps = [self.lr * u for u in directions]
         moving = [w for w, _ in moving]
-        if self.order == 'before':
+        if self.kind == 'adamh':
+            for w, u in zip(moving, directions, strict=True):
+                w.theta = self.written(self.h(w, u) if w.regularize else w.theta - self.lr * u)
+        elif self.order == 'before':
             corrections = self.corrections(moving, [w.theta for w in moving])
             for w, step, correction in zip(moving, steps, corrections, strict=True):
                 w.theta = self.written(w.theta - correction - step)
@@ -183,6 +189,11 @@ class Reference:
         if self.reg_function == 'l1' and w.lagmul > 0:
             w.undecided |= x.abs() < UNDECIDED
         return w.lagmul * gradient * (self.lr if self.reg_by_lr else 1.0)
+
+    def h(self, w, u):
+        radius = w.theta_0.norm()
+        moved = w.theta - self.step_scale * self.lr * radius * (u / u.norm())
+        return radius * (moved / moved.norm())
 
     def wn(self, tensors, points):
         """k * (1 - target / norm) of each tensor, with its own norm and target or the joint ones.
