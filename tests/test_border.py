@@ -1,4 +1,4 @@
-"""Test runtime.border: what the system refuses ends in one line, and a bug keeps its traceback."""
+"""Test runtime/errors.py: what the system refuses is one line, and a bug keeps its traceback."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from runtime import border
+from runtime.errors import border
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def written_to(stdout, *command):
     return done.returncode, done.stderr.decode()
 
 
-PRINT = 'from runtime import border\nwith border():\n    print("x" * {size})\n'
+PRINT = 'from runtime.errors import border\nwith border():\n    print("x" * {size})\n'
 
 
 @pytest.mark.parametrize('size', [1, 100_000])  # within the buffer, and beyond it
