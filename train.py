@@ -26,7 +26,7 @@ from runtime import checkpoint
 from runtime.device import setup
 from runtime.distributed import device_of_rank, largest_gradients, start
 from runtime.errors import border_from_here, fail
-from runtime.log import Clock, RunLog, Watch, final_ratios
+from runtime.log import Clock, RunLog, Watch, final_ratios, norm_entry
 
 # ---- settings: GPT-2 124M on OpenWebText; a config file and --key=value override them
 # input and output
@@ -119,8 +119,7 @@ limits = {
 }
 check(settings, limits)
 if decay_lr and lr_decay_iters < warmup_iters:
-    problem = f'lr_decay_iters={lr_decay_iters} ends before warmup_iters={warmup_iters}'
-    fail(f'{problem}; raise it, or set decay_lr=False')
+    fail(f'{lr_decay_iters=} ends before {warmup_iters=}; raise it, or set decay_lr=False')
 
 # ---- device, processes, and where to start from
 rt = setup(device_of_rank(device), dtype, seed)
@@ -143,8 +142,7 @@ elif init_from != 'scratch':
     adopt(settings, given, model.config.model_args(), init_from)
 block_size = settings['block_size']
 
-vocab_size = model.config.vocab_size if model else None
-data = TokenData(os.path.join('data', dataset), block_size, vocab_size)
+data = TokenData(os.path.join('data', dataset), block_size, model and model.config.vocab_size)
 if init_from == 'scratch':
     # GPT-2's 50257 tokens, rounded up to a multiple of 64
     vocab_size = data.meta['vocab_size'] if data.meta else 50304
@@ -167,9 +165,7 @@ watch = Watch(loss_spike)
 iter_num, best_val_loss = 0, math.inf
 if saved:
     iter_num, best_val_loss = int(saved['iter_num']), float(saved['best_val_loss'])
-    init_norms |= {
-        name: norm for name, norm in saved.get('init_norms', {}).items() if name in params
-    }
+    init_norms.update(saved.get('init_norms', {}))  # of the start, which was not this one
     watch.average = saved.get('loss_average', watch.average)
     checkpoint.read_shards(saved, resume_path, model)
     if not eval_only:
@@ -214,18 +210,6 @@ def estimate_loss():
     return losses
 
 
-def norms():
-    """Return the log's record of every weight tensor: norm, ratio, and AdamCPR's kappa, lambda."""
-    tensors = {}
-    for name, norm in weight_norms(model).items():
-        state = opt.state.get(params[name], {})
-        bound = {k: state[k].item() for k in ('kappa', 'lagmul') if k in state}
-        ratio = norm / init_norms[name] if init_norms[name] else math.nan
-        tensors[name] = dict(norm=norm, ratio=ratio, **bound)
-    norm = math.hypot(*(t['norm'] for t in tensors.values()))
-    return dict(ratio=norm / math.hypot(*init_norms.values()), tensors=tensors)
-
-
 def save():
     """Write the checkpoint of iteration iter_num in the background."""
     run = dict(iter_num=iter_num, best_val_loss=best_val_loss, config=settings)
@@ -247,8 +231,7 @@ if eval_only:
     losses = estimate_loss()
     print(f'iteration {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
 elif iter_num >= max_iters > 0:
-    at = f'already at iteration {iter_num} of max_iters={max_iters}'
-    print(f'{init_from}: {at}, nothing is left to train')
+    print(f'{init_from}: already at iteration {iter_num} of {max_iters=}, nothing is left to train')
 if eval_only or iter_num >= max_iters > 0:
     ranks.close()
     sys.exit()
@@ -285,7 +268,8 @@ while True:
     finished = iter_num >= max_iters
     save_now = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
     if iter_num % norm_log_interval == 0 or finished:
-        log.write('norms', iter=iter_num, **norms())
+        states = {name: opt.state.get(p, {}) for name, p in params.items()}
+        log.write('norms', iter=iter_num, **norm_entry(weight_norms(model), init_norms, states))
     if iter_num % eval_interval == 0 or finished:
         with clock.evaluation(iter_num):
             losses = estimate_loss()
@@ -326,16 +310,15 @@ while True:
     # log
     if iter_num % log_interval == 0:
         loss = ranks.sum(loss_sum).item() / ranks.world_size  # waits for the device
-        seconds = clock.lap(iter_num + 1)
-        tokens_per_s = sequences * block_size / seconds
+        ms = clock.lap(iter_num + 1) * 1e3
+        tokens_per_s = sequences * block_size / ms * 1e3
         peak = ranks.world_size * (rt.peak_flops or 0)
-        mfu = model.estimate_mfu(sequences, seconds, peak) if peak else None
+        mfu = model.estimate_mfu(sequences, ms / 1e3, peak) if peak else None
         grad_norm, skipped = opt.grad_norm.item(), opt.skipped_steps.item()
-        entry = dict(loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1e3)
+        entry = dict(loss=loss, lr=lr, grad_norm=grad_norm, ms=ms)
         entry.update(tokens_per_s=tokens_per_s, mfu=mfu, skipped_steps=skipped)
         line = f'iter {iter_num}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
-        line += f'{seconds * 1e3:.1f} ms, {tokens_per_s:,.0f} tokens/s'
-        line += f', mfu {mfu:.1%}' if mfu else ''
+        line += f'{ms:.1f} ms, {tokens_per_s:,.0f} tokens/s' + (f', mfu {mfu:.1%}' if mfu else '')
         if watch.is_spike(loss):
             entry['spike'] = True
             line += ', SPIKE'
@@ -343,8 +326,8 @@ while True:
         print(f'{line}, {clock.left()}', flush=True)
         if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
             problem = f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}'
-            largest = f'the largest: {largest_gradients(model)}'
-            fail(f'{problem}; {largest}. Resume with a lower learning_rate')
+            remedy = 'resume with a lower learning_rate'
+            fail(f'{problem}; the largest: {largest_gradients(model)}; {remedy}')
     opt.zero_grad(set_to_none=True)
     iter_num += 1
 

@@ -65,18 +65,17 @@ def _move_on(path, keep):
 
     A link, because ckpt.pt must exist at any moment.
     """
-    for i, old in _before(path):
+    for i, old in reversed(_before(path)):
         if i >= keep:  # left from a run that kept more
             os.unlink(old)
-    for i in reversed(range(1, keep)):
-        if i > 1 and os.path.exists(_older(path, i - 1)):
-            os.replace(_older(path, i - 1), _older(path, i))
-        elif i == 1 and os.path.exists(path):
-            try:
-                os.link(path, f'{path}.link')
-                os.replace(f'{path}.link', _older(path, 1))
-            except OSError:  # a file system without links
-                shutil.copyfile(path, _older(path, 1))
+        elif i + 1 < keep:
+            os.replace(old, _older(path, i + 1))
+    if keep > 1 and os.path.exists(path):
+        try:
+            os.link(path, f'{path}.link')
+            os.replace(f'{path}.link', _older(path, 1))
+        except OSError:  # a file system without links
+            shutil.copyfile(path, _older(path, 1))
 
 
 class Writer:
@@ -97,26 +96,24 @@ class Writer:
     def save(self, model, opt, run):
         """Copy the tensors to host memory, then write them and the dict `run` in the background."""
         self.wait()
-        try:
-            if self.group:
-                self._save_folder(model, opt.state_dict(), run)
-                return
-            tensors = {'model': model.state_dict(keep_vars=True), 'optimizer': opt.state_dict()}
+        state, is_first = opt.state_dict(), self.ranks.rank == 0
+        if self.group is None:
+            tensors = {'model': model.state_dict(keep_vars=True), 'optimizer': state}
             tensors = self.ranks.gather(tensors)
-            if self.ranks.rank == 0:
+            if is_first:
                 self.pending = self.pool.submit(save, self.path, {**tensors, **run}, self.keep)
+            return
+        self.path = os.path.join(self.out_dir, f'ckpt-{run["iter_num"]:06d}')
+        try:
+            if is_first:
+                remove(self.path)  # left by an interrupted save
+                os.makedirs(self.path)
+                run = {**run, 'param_groups': state['param_groups']}
+                save(os.path.join(self.path, sharded_checkpoint.RUN), run)
+            states = state['state']
+            self.pending = sharded_checkpoint.save(self.path, model, states, self.group)
         except OSError as e:
             self._fail(e)
-
-    def _save_folder(self, model, optimizer, run):
-        self.path = os.path.join(self.out_dir, f'ckpt-{run["iter_num"]:06d}')
-        if self.ranks.rank == 0:
-            remove(self.path)  # left by an interrupted save
-            os.makedirs(self.path)
-            run = {**run, 'param_groups': optimizer['param_groups']}
-            save(os.path.join(self.path, sharded_checkpoint.RUN), run)
-        states = optimizer['state']
-        self.pending = sharded_checkpoint.save(self.path, model, states, self.group)
 
     def wait(self):
         """Return when the last checkpoint is on the disk."""
@@ -125,8 +122,7 @@ class Writer:
             return
         try:
             if self.group is None:
-                pending.result()
-                return
+                return pending.result()
             sharded_checkpoint.finish(pending)
             if self.ranks.rank == 0:
                 for old in sharded_checkpoint.folders(self.out_dir)[self.keep :]:
@@ -197,8 +193,8 @@ def newest(path):
         if reason is None:
             return candidate, reasons
         reasons[candidate] = reason
-    for damaged, reason in reasons.items():
-        fail(_unreadable(damaged, reason))
+    if reasons:
+        fail(_unreadable(*next(iter(reasons.items()))))
     return path, {}  # there is no checkpoint: load() says so
 
 
@@ -293,12 +289,12 @@ def _is_count(x):
     return isinstance(_number(x), int) and 0 <= _number(x) < 1 << 63
 
 
-def _are_finite(numbers, least=0):
-    return all(least <= _number(x) < math.inf for x in numbers)
+def _are_finite(numbers):
+    return all(0 <= _number(x) < math.inf for x in numbers)
 
 
-# what each entry of a checkpoint must be; an exception says no too
-RIGHT = {
+SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
+RIGHT = {  # what the entries of a checkpoint must be; an exception says no too
     'model_args': lambda x: all(isinstance(name, str) for name in x.keys()),
     'config': lambda x: all(isinstance(name, str) for name in x.keys()),
     'model': lambda x: all(map(torch.is_tensor, x.values())),
@@ -308,23 +304,15 @@ RIGHT = {
     'init_norms': lambda x: _are_finite(x.values()),
     'skipped_steps': _is_count,
     'loss_average': lambda x: len(x) == 2 and _are_finite(x),
-    'scaler': lambda x: (
-        x == {} or x['scale'] > 0 and x.keys() == SCALER and _are_finite(x.values())
-    ),
+    'scaler': lambda x: x == {} or (x.keys() == SCALER and _are_finite(x.values())),
 }
-SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
 
 
 def _wrong_in(checkpoint, tensors):
-    """Return what in a checkpoint is not what a run can go on from, or None.
-
-    tensors: whether it must hold the model.
-    """
-    if not isinstance(checkpoint, dict):
-        return 'holds no dict'
+    """Return what in a checkpoint no run can go on from, or None. tensors: it must have a model."""
     wanted = {'model_args', 'iter_num', 'best_val_loss', 'config', *['model'] * tensors}
-    if wanted - checkpoint.keys():
-        return f'lacks {", ".join(sorted(wanted - checkpoint.keys()))}'
+    if not isinstance(checkpoint, dict) or wanted - checkpoint.keys():
+        return f'lacks {", ".join(sorted(wanted - {*checkpoint}))}'
     for key in RIGHT.keys() & checkpoint.keys():
         try:
             right = RIGHT[key](checkpoint[key])
@@ -335,13 +323,8 @@ def _wrong_in(checkpoint, tensors):
     for i, state in checkpoint.get('optimizer', {'state': {}})['state'].items():
         shape = getattr(state.get('exp_avg'), 'shape', None)
         for key, x in state.items():
-            if key == 'step':
-                right = _are_finite([x])
-            elif torch.is_tensor(x):
-                right = x.shape == shape or x.numel() == 1
-            else:
-                right = isinstance(x, (int, float)) and key not in MOMENTS
-            if not right:
+            right = x.shape == shape or x.numel() == 1 if torch.is_tensor(x) else key not in MOMENTS
+            if not right or key == 'step' and not _are_finite([x]):
                 return f'has a wrong {key} of parameter {i}'
     return None
 

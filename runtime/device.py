@@ -7,35 +7,13 @@ import torch
 
 from runtime.errors import fail
 
-# Dense bfloat16 / float16 tensor-core peaks in FLOP/s, from the vendors' data sheets.
-# The first key that occurs in the device's name counts, so longer keys stand first.
-PEAK_FLOPS = {
-    'GB200': 2500e12,
-    'B200': 2250e12,
-    'H200': 989e12,
-    'H100 PCIe': 756e12,
-    'H100 NVL': 835e12,
-    'H100': 989e12,
-    'H800': 989e12,
-    'A100': 312e12,
-    'A800': 312e12,
-    'A40': 150e12,
-    'A30': 165e12,
-    'A10G': 70e12,
-    'A10': 125e12,
-    'L40S': 362e12,
-    'L40': 181e12,
-    'L4': 121e12,
-    'V100': 125e12,
-    'T4': 65e12,
-    'RTX 5090': 209.5e12,
-    'RTX 4090': 165.2e12,
-    'RTX 4080': 97.5e12,
-    'RTX 3090': 71e12,
-    'MI300X': 1307e12,
-    'MI250X': 383e12,
-}
-
+# Dense bfloat16 / float16 tensor-core peaks in TFLOP/s, from the vendors' data sheets.
+# The first name that occurs in the device's name counts, so longer names stand first.
+PEAKS = """
+    GB200 2500, B200 2250, H200 989, H100 PCIe 756, H100 NVL 835, H100 989, H800 989, A100 312,
+    A800 312, A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125, T4 65,
+    RTX 5090 209.5, RTX 4090 165.2, RTX 4080 97.5, RTX 3090 71, MI300X 1307, MI250X 383
+"""
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -93,8 +71,11 @@ def setup(device='auto', dtype='auto', seed=1337):
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
 
-    peak = None
-    if device_type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device_type == 'cuda' else None
     return Runtime(device, device_type, dtype, peak)
+
+
+def peak_flops(name):
+    """Return the FLOP/s of the device called `name`, None if it is not in PEAKS."""
+    peaks = (peak.strip().rsplit(' ', 1) for peak in PEAKS.split(','))
+    return next((float(tera) * 1e12 for key, tera in peaks if key in name), None)

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 from runtime.errors import fail
 from runtime.files import replacing
@@ -96,6 +96,21 @@ def _is_number(value):
     return value is None or isinstance(value, float) or type(value) is int and abs(value) < 1 << 53
 
 
+def norm_entry(norms, init_norms, states):
+    """Return the fields of a 'norms' entry.
+
+    norms, init_norms: {name: norm} now and at the start. states: {name: optimizer state}, which may
+    have AdamCPR's kappa and lagmul.
+    """
+    tensors = {}
+    for name, norm in norms.items():
+        bound = {k: states[name][k].item() for k in ('kappa', 'lagmul') if k in states[name]}
+        ratio = norm / init_norms[name] if init_norms[name] else math.nan
+        tensors[name] = dict(norm=norm, ratio=ratio, **bound)
+    ratio = math.hypot(*norms.values()) / math.hypot(*init_norms.values())
+    return dict(ratio=ratio, tensors=tensors)
+
+
 def final_ratios(out_dir, names):
     """Return (ratio of all tensors together, {name: its ratio}) at the end of the run in `out_dir`.
 
@@ -145,20 +160,19 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter as make
         except ImportError:
             fail('tensorboard is not installed; run: pip install tensorboard')
-        # draw() creates the files: until RunLog has the lock, out_dir may be another run's
         self.make = partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num)
-        self.writer = None
+
+    @cached_property
+    def writer(self):  # creates files: until RunLog has the lock, out_dir may be another run's
+        return self.make()
 
     def draw(self, iter_num, values):
-        if self.writer is None:
-            self.writer = self.make()
         for name, value in values.items():
             self.writer.add_scalar(name, value, iter_num)
         self.writer.flush()
 
     def close(self):
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
 
 
 class RunLog:
@@ -220,34 +234,32 @@ class RunLog:
 
 
 class Clock:
-    """Time a run's iterations and evaluations, and estimate when it will end."""
+    """Time a run's iterations, and estimate how long the rest of it takes."""
 
     def __init__(self, iter_num, max_iters, eval_interval):
-        self.max_iters, self.eval_interval = max_iters, eval_interval
-        self.recent, self.evaluation_seconds = deque(maxlen=20), 0.0
+        self.max_iters, self.eval_interval, self.evaluation_seconds = max_iters, eval_interval, 0.0
+        self.recent = deque(maxlen=20)
         self.start(iter_num)
 
     def start(self, iter_num):
         self.started, self.iter_num = time.perf_counter(), iter_num
 
     def lap(self, iter_num):
-        """Return the mean seconds of the iterations before `iter_num` since the last lap."""
-        seconds = (time.perf_counter() - self.started) / (iter_num - self.iter_num)
-        self.recent.append(seconds)
+        """Return the seconds that each iteration before `iter_num` took since the last lap."""
+        self.recent.append((time.perf_counter() - self.started) / (iter_num - self.iter_num))
         self.start(iter_num)
-        return seconds
+        return self.recent[-1]
 
     @contextmanager
     def evaluation(self, iter_num):
-        """Time what is within, an evaluation, apart from the iterations."""
         started = time.perf_counter()
         yield
         self.evaluation_seconds = time.perf_counter() - started
         self.start(iter_num)
 
     def left(self):
-        """Return how much time is left after the last lap, such as '2.1 h left'."""
-        evaluations = -(-self.max_iters // self.eval_interval)  # after the start, the last included
+        """Return the time left, evaluations included, after a lap: '2.1 h left'."""
+        evaluations = -(-self.max_iters // self.eval_interval)  # in all, but the one at the start
         evaluations -= (self.iter_num - 1) // self.eval_interval
         seconds = (self.max_iters - self.iter_num) * statistics.median(self.recent)
         seconds += evaluations * self.evaluation_seconds
