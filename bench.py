@@ -30,7 +30,8 @@ from torch.optim.optimizer import (
 import model
 from configurator import check, configure
 from cpr import AdamCPR, AdamW, AdamWN
-from runtime import fail, setup
+from runtime.device import setup
+from runtime.errors import fail
 
 what = 'optimizer'  # 'optimizer', 'host', 'train', 'throughput' or 'prepare'
 repeats = 15  # rounds; each runs every contender once

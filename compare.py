@@ -41,9 +41,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import plot
-import runlog
 from configurator import check, configure
-from runtime import Arguments, border, fail
+from runtime import log as runlog
+from runtime.errors import Arguments, border, fail
+from runtime.files import write
 
 WHOLE_VAL = '--eval_iters=0'  # every run is evaluated on the whole of val.bin
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')
@@ -595,12 +596,11 @@ def main(argv):
     for run, config in runs.values():
         run.result = result_of(run, config)
 
-    with open(os.path.join(args.out, 'results.jsonl'), 'w', encoding='utf-8') as f:
-        f.writelines(runlog.line(run.result) for run, _ in runs.values())
+    results = ''.join(runlog.line(run.result) for run, _ in runs.values())
+    write(os.path.join(args.out, 'results.jsonl'), results.encode())
     pictures = draw(configs, args.out)
     path = os.path.join(args.out, 'report.md')
-    with open(path, 'w', encoding='utf-8') as f:
-        f.write(report(configs, args.out, argv, pictures, read_made(made)))
+    write(path, report(configs, args.out, argv, pictures, read_made(made)).encode())
     print(path)
 
 

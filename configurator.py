@@ -16,7 +16,7 @@ import sys
 import tokenize
 import types
 
-from runtime import fail
+from runtime.errors import fail
 
 
 def configure(namespace, argv=None):
@@ -33,7 +33,7 @@ def configure(namespace, argv=None):
     public = {k: v for k, v in namespace.items() if not k.startswith('_')}
     settings = {k: v for k, v in public.items() if type(v) in (bool, int, float, str)}
     if '--help' in argv or '-h' in argv:
-        print(_help(namespace['__file__'], settings))
+        print(_help(namespace['__file__'], settings), flush=True)
         raise SystemExit(0)
     given = set()
     for argument in argv:
@@ -68,7 +68,9 @@ def _run(path, settings):
     with open(path, encoding='utf-8') as f:
         try:
             exec(compile(f.read(), path, 'exec'), dict(settings), assigned)
-        except (Exception, SystemExit) as e:  # whatever the user's file raises
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # whatever the user's file raises
             fail(f'config file {path} does not run: {type(e).__name__}: {e}')
     public = {k: v for k, v in assigned.items() if not k.startswith('_')}
     return {k: v for k, v in public.items() if not (callable(v) or isinstance(v, types.ModuleType))}
@@ -89,7 +91,8 @@ def _checked(key, value, settings, source):
             except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pass  # no literal: the value stays a string, which the check below refuses
     if wanted is float and type(value) is int:
-        value = float(str(value))  # an int too large becomes infinite, which check() refuses
+        # an int too large becomes infinite, which check() refuses
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if type(value) is not wanted:
         kinds = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}
         expected = f'{kinds[wanted]}, like its default {settings[key]!r}'
@@ -98,7 +101,7 @@ def _checked(key, value, settings, source):
 
 
 def check(settings, limits):
-    """Fail on the first setting that breaks its limit or is not finite.
+    """Fail on the first setting that breaks its limit, is not finite or too large for 64 bits.
 
     limits: {limit: names of settings, separated by blanks}. A limit is '>= 1', '>= 0',
     'in [0, 1)', 'in [0, 1]' or 'one of A B ...'.
@@ -112,12 +115,27 @@ def check(settings, limits):
     for key, value in settings.items():
         if isinstance(value, float) and not math.isfinite(value):
             fail(f'{key}={value} must be a finite number')
+        if type(value) is int and not -(1 << 63) < value < 1 << 63:
+            fail(f'{key} must be less than 2**63')
     for limit, keys in limits.items():
         choices = limit.removeprefix('one of ').split() if limit.startswith('one of ') else None
         for key in keys.split():
             value = settings[key]
             if not (value in choices if choices else holds[limit](value)):
                 fail(f'{key}={value!r} must be {limit}')
+
+
+def adopt(settings, given, theirs, source):
+    """Set the settings that shape a model to those of the model in `source`, in place.
+
+    theirs: {name: value}, with further names. Fails where another value was given.
+    """
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias'):
+        value = theirs.get(key, settings[key])
+        if key in given and settings[key] != value:
+            problem = f'{key}={settings[key]} but {source} has {key}={value}'
+            fail(f'{problem}; leave {key} out or start from scratch')
+        settings[key] = value
 
 
 def _help(script, settings):

@@ -11,15 +11,15 @@ and sample.py take it as --init_from. Biases that the model lacks are exported a
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
 
-import checkpoint
 from data.tokenizers import add_bpe_file, tokenizer_of
 from model import GELU_APPROXIMATE, is_conv1d
-from runtime import Arguments, border, fail
+from runtime import checkpoint
+from runtime.errors import Arguments, border, fail
+from runtime.files import replacing
 
 
 def model_of(gpt, end):
@@ -90,8 +90,7 @@ def main():
     arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='must not exist yet')
     add_bpe_file(arguments)
     args = arguments.parse_args()
-    temporary = Path(f'{args.hf_dir}.tmp')
-    for folder in (args.hf_dir, temporary):
+    for folder in (args.hf_dir, Path(f'{args.hf_dir}.tmp')):
         if folder.exists():
             fail(f'{folder} is there already; name another folder, or remove it')
     path = args.out_dir
@@ -100,15 +99,13 @@ def main():
     gpt, saved = checkpoint.load_model(path)
     tokens = tokenizer_of(path, saved, args.bpe_file)
     try:
-        model_of(gpt, tokens.end).save_pretrained(temporary)
-        tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)
-        os.replace(temporary, args.hf_dir)
+        with replacing(args.hf_dir) as temporary:
+            model_of(gpt, tokens.end).save_pretrained(temporary)
+            tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)
     except ImportError as e:
         fail(f'{e.name} is not installed; run: pip install transformers')
     except Exception as e:  # disk errors: safetensors raises its own types
         fail(f'cannot write {args.hf_dir} ({e}); make room, or choose another folder')
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f'{args.hf_dir}: {sum(f.stat().st_size for f in args.hf_dir.iterdir()) / 1e6:.1f} MB')
 
 

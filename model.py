@@ -8,10 +8,13 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from cpr import AdamCPR, AdamW, AdamWN
 
 
 @dataclass
@@ -202,6 +205,33 @@ class GPT(nn.Module):
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
         wpe.num_embeddings = block_size
+
+    def configure_optimizer(self, settings, wn_ratio):
+        """Return the optimizer that `settings`, train.py's, ask for.
+
+        wn_ratio: AdamWN's target. Raises ValueError if a setting is out of range.
+        """
+        s = SimpleNamespace(**settings)
+        common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), impl=s.impl)
+        common['max_grad_norm'] = s.grad_clip
+        if s.order != 'auto' and s.optimizer != 'adamw':
+            common['order'] = s.order
+        if s.optimizer == 'adamw':
+            return AdamW(self, weight_decay=s.weight_decay, **common)
+        if s.optimizer == 'adamwn':
+            return AdamWN(self, rate=s.wn_rate, ratio=wn_ratio, scope=s.wn_scope, **common)
+        return AdamCPR(
+            self,
+            kappa_init_method=s.kappa_init_method,
+            kappa_init_param=s.kappa_init_param,
+            reg_function=s.reg_function,
+            kappa_update=s.kappa_update,
+            reg_step_size=s.reg_step_size,
+            reg_ema_decay=s.reg_ema_decay,
+            reg_embedding=s.reg_embedding,
+            reg_by_lr=s.reg_by_lr,
+            **common,
+        )
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):

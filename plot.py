@@ -23,8 +23,9 @@ from matplotlib.figure import Figure  # instead of pyplot, which looks for a dis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-import runlog
-from runtime import Arguments, border, fail
+from runtime import log as runlog
+from runtime.errors import Arguments, border, fail
+from runtime.files import replacing
 
 # Okabe and Ito's colours, distinct under any colour vision. Their yellow is too pale for a line.
 BLUE, VERMILLION, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
@@ -321,13 +322,10 @@ def tensor_figure(runs, tensor):
 
 def save(figure, path):
     """Write the picture to `path`. If the disk refuses, leave `path` as it is and fail."""
-    temporary = f'{path}.tmp'
     try:
-        figure.savefig(temporary, format='png')
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format='png')
     except OSError as e:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
         fail(f'cannot write {path} ({e.strerror}); choose another folder with --out=FOLDER')
     print(path)
 

@@ -11,11 +11,12 @@ import signal
 
 import torch
 
-import checkpoint
 from configurator import configure
 from data.tokenizers import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_of
 from model import GPT
-from runtime import border, fail, setup
+from runtime import checkpoint
+from runtime.device import setup
+from runtime.errors import border, fail
 
 init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, 'gpt2', ... or a folder
 out_dir = 'out'  # where 'resume' finds ckpt.pt

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokens import read_meta
-from runtime import fail
+from runtime.errors import fail
 
 BPE_FILE = 'gpt2.tiktoken'  # in a data set's folder: the vocabulary that it was made with
 

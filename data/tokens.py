@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import fail
+from runtime.errors import fail
 
 SPLITS = ('train', 'val')
+EVALUATION_SEED = 1 << 40  # above any run's seed: all runs are evaluated on the same batches
 CHECKED_AT_OPEN = 1 << 26  # tokens of each split: 128 MB
 
 
@@ -105,6 +106,18 @@ class TokenData:
             yield self._tensors(split, x.reshape(shape), y.reshape(shape))
         if full < len(tokens) - 1:
             yield self._tensors(split, tokens[None, full:-1], tokens[None, full + 1 :])
+
+    def evaluation(self, split, batch_size, count):
+        """Yield `count` batches at random, the same for every run: x and y as batch() returns them.
+
+        If count is 0, yield all of 'val', and from 'train' as much.
+        """
+        if count == 0 and split == 'val':
+            yield from self.sequential(split, batch_size)
+            return
+        tokens = batch_size * self.block_size
+        for i in range(count or -(-len(self.splits['val']) // tokens)):
+            yield self.batch(split, EVALUATION_SEED, i, batch_size)
 
     def _tensors(self, split, x, y):
         self._check(split, x)

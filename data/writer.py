@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.tokenizers import BPE_FILE
-from runtime import fail
+from runtime.errors import fail
+from runtime.files import write
 
 DOCUMENTS_A_TASK = 64  # for a thread: some hundredths of a second of work
 PROGRESS_SECONDS = 2.0  # of work that a kill may cost
@@ -171,7 +172,7 @@ class Progress:
 
     def keep(self, split, documents, tokens):
         self.done[split] = [documents, tokens]
-        replace(self.path, json.dumps({'identity': self.identity, **self.done}).encode())
+        write(self.path, json.dumps({'identity': self.identity, **self.done}).encode())
 
 
 def _is_progress(done, documents):
@@ -250,16 +251,6 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def replace(path, content):
-    """Write `content` (bytes) to `path` and flush it to the disk, or leave `path` as it is."""
-    temporary = Path(f'{path}.new.tmp')
-    with open(temporary, 'wb') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def _commit(folder, meta, vocabulary):
     """Rename the finished *.tmp files and remove the files of an older data set."""
     contents = {}
@@ -271,7 +262,7 @@ def _commit(folder, meta, vocabulary):
         contents[BPE_FILE] = vocabulary
     contents['meta.json'] = json.dumps(meta, indent=1).encode()
     for name, content in contents.items():
-        replace(folder / f'{name}.tmp', content)
+        write(folder / f'{name}.tmp', content)
     # Until the last rename there is meta.json.tmp but no meta.json. If this process is killed here,
     # that tells a reader that the .bin files may not belong together.
     for name in ('meta.json', 'meta.pkl', BPE_FILE):

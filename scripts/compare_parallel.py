@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import runlog  # noqa: E402
 from data.tokenizers import CharTokenizer  # noqa: E402
 from data.writer import write_dataset  # noqa: E402
+from runtime import log as runlog  # noqa: E402
 
 ITERATIONS = 50
 SAVED_AT = 25

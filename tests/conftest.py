@@ -89,6 +89,7 @@ def script(monkeypatch, capsys):
 
     def run(name, *arguments):
         handlers = {number: signal.getsignal(number) for number in changed}
+        hook = sys.excepthook
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         capsys.readouterr()
         status, names = 0, {}
@@ -96,7 +97,14 @@ def script(monkeypatch, capsys):
             names = runpy.run_path(str(ROOT / name), run_name='__main__')
         except SystemExit as e:
             status = e.code or 0
+        except Exception as e:
+            if sys.excepthook is hook:
+                raise
+            with pytest.raises(SystemExit) as answered:  # as the interpreter would
+                sys.excepthook(type(e), e, e.__traceback__)
+            status = answered.value.code
         finally:
+            sys.excepthook = hook
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         captured = capsys.readouterr()

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpr import AdamW
 from model import GPT, GPTConfig
-from parallel import start
-from runtime import setup
+from runtime.device import setup
+from runtime.distributed import start
 
 MICRO_STEPS = 3
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from cpr import AdamCPR, AdamH, AdamW, AdamWN
-from parallel import start
+from runtime.distributed import start
 
 SHAPES = [(7, 6), (1, 5), (8, 4), (3, 2, 2), (6,)]  # four uneven shards, some of them empty
 STEPS = 10  # the sixth has a gradient that is not finite

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from test_plot import write_log
 
 import compare
-import runlog
 from cpr import AdamCPR
+from runtime import log as runlog
 
 ADAMW, WN = 'config/train_char_adamw.py', 'config/train_char_wn.py'
 SMALL = [word for word in TINY if not word.startswith('--eval_iters')] + ['--log_interval=2']

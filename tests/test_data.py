@@ -682,7 +682,8 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp('checkout')
     names = 'pystdlib_char', 'shakespeare_char', 'shakespeare_scarce', 'shakespeare'
     scripts = [f'data/{name}/prepare.py' for name in (*names, 'text', 'openwebtext')]
-    for path in ('runtime.py', 'data/tokenizers.py', 'data/tokens.py', 'data/writer.py', *scripts):
+    runtime = [f'runtime/{name}.py' for name in ('__init__', 'errors', 'files')]
+    for path in (*runtime, 'data/tokenizers.py', 'data/tokens.py', 'data/writer.py', *scripts):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, root / path)
     return root

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import checkpoint
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer
 from data.writer import write_dataset
 from model import GPT, GPTConfig
+from runtime import checkpoint
 
 transformers = pytest.importorskip('transformers')
 TEXT = "It's a test,  with\n\n spaces; é 数 and 2,000 numbers.\n"

@@ -15,9 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import checkpoint
-import folders
-import runlog
+from runtime import checkpoint
+from runtime import log as runlog
 
 SAME = [
     *TINY,
@@ -317,8 +316,8 @@ def test_a_process_of_torchrun_leaves_with_its_status_and_without_destructors():
     """gloo's threads abort a process, at times, whose interpreter is taken down beside them."""
     code = """
 import atexit, sys
-from parallel import start
-from runtime import fail
+from runtime.distributed import start
+from runtime.errors import fail
 
 class Loud:
     def __del__(self):
@@ -408,11 +407,7 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
     same_run(tmp_path / 'cut', alone)
 
     unfinished = tmp_path / 'cut' / 'ckpt-000030'
-    for mistake in (
-        (*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),
-        ('folders.py', unfinished, tmp_path / 'new'),
-        ('folders.py', tmp_path / 'cut' / 'ckpt-000020', tmp_path / 'no' / 'folder' / 'ckpt.pt'),
-    ):
+    for mistake in ((*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),):
         outcome = script(*mistake)
         assert (
             outcome.status == 2
@@ -420,13 +415,13 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
             and outcome.err.count('\n') == 1
         )
         assert not (tmp_path / 'new').exists()
-    (tmp_path / 'cut' / 'ckpt-000020' / folders.RUN).write_bytes(b'')
-    assert folders.damage(tmp_path / 'cut' / 'ckpt-000020').startswith(folders.RUN)
+    (tmp_path / 'cut' / 'ckpt-000020' / 'run.pt').write_bytes(b'')
+    assert checkpoint.damage(tmp_path / 'cut' / 'ckpt-000020').startswith('run.pt')
 
     folder, file = tmp_path / 'file' / 'ckpt-000025', tmp_path / 'file' / 'ckpt.pt'
-    folders.convert(folder, file)
-    folders.convert(file, tmp_path / 'again')
-    folders.convert(tmp_path / 'again', tmp_path / 'again.pt')
+    checkpoint.convert(folder, file)
+    checkpoint.convert(file, tmp_path / 'again')
+    checkpoint.convert(tmp_path / 'again', tmp_path / 'again.pt')
     one, two = checkpoint.load(file), checkpoint.load(tmp_path / 'again.pt')
     assert one.keys() == two.keys()
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 from data.tokenizers import GPT2Tokenizer
 from model import GPT, GPTConfig
+from runtime import checkpoint
 
 SAMPLE = Path(__file__).parents[1] / 'sample.py'
 ITOS = list('\n abcdefgh')

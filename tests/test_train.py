@@ -17,10 +17,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-import checkpoint
-import runlog
 from cpr import AdamW
 from model import GPT, GPTConfig
+from runtime import checkpoint
+from runtime import log as runlog
 
 
 def losses(out_dir):
@@ -536,7 +536,7 @@ def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset
     # fork each from a process that has imported torch: an import takes longer than a run here
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(
-        ['checkpoint', 'cpr', 'data.tokens', 'parallel', 'runlog', 'torch._dynamo']
+        ['cpr', 'data.tokens', 'runtime.checkpoint', 'runtime.distributed', 'torch._dynamo']
     )
     command = [*whole.args[2:], f'--out_dir={tmp_path / "killed"}']
     chance = random.Random(0)

@@ -31,8 +31,9 @@ import numpy as np
 sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
 from data.tokenizers import GPT2Tokenizer, add_bpe_file
-from data.writer import cores, hold, replace, write_dataset
-from runtime import Arguments, border, fail
+from data.writer import cores, hold, write_dataset
+from runtime.errors import Arguments, border, fail
+from runtime.files import write
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 FORMATS = {
@@ -301,7 +302,7 @@ class Copy:
             for name in files:
                 with open(self.folder / name, 'rb') as f:
                     os.fsync(f.fileno())
-            replace(self.list, json.dumps(files).encode())
+            write(self.list, json.dumps(files).encode())
 
     def load(self, *arguments):
         """Return load()'s Texts. Makes a copy anew if the one that was found cannot be read.

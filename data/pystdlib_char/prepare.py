@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 
 from data.tokenizers import CharTokenizer
 from data.writer import write_dataset
-from runtime import Arguments, border, fail
+from runtime.errors import Arguments, border, fail
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 LEFT_OUT = {

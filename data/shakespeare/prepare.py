@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 from data.shakespeare_char.prepare import read_shakespeare
 from data.tokenizers import GPT2Tokenizer, add_bpe_file
 from data.writer import write_dataset
-from runtime import Arguments, border
+from runtime.errors import Arguments, border
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(os.path.abspath(__file__)).parents[2]))
 from data.shakespeare_char.prepare import read_shakespeare
 from data.tokenizers import CharTokenizer
 from data.writer import write_dataset
-from runtime import Arguments, border
+from runtime.errors import Arguments, border
 
 FOLDER = Path(os.path.abspath(__file__)).parent
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import runlog
+from runtime import log as runlog
 
 when = {}  # {config: {tensor: [iteration, one a seed]}}
 for log in sorted(Path(sys.argv[1]).glob('runs/*/*/log.jsonl')):

@@ -16,11 +16,15 @@ import fcntl
 import json
 import math
 import os
+import statistics
 import sys
-from contextlib import suppress
-from functools import partial
+import time
+from collections import deque
+from contextlib import contextmanager
+from functools import cached_property, partial
 
-from runtime import fail
+from runtime.errors import fail
+from runtime.files import replacing
 
 NAME = 'log.jsonl'
 
@@ -44,7 +48,7 @@ def read(out_dir):
             if not isinstance(entry, dict):
                 raise ValueError('not an object')
             entries.append(entry)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):  # a killed process leaves half a line without a newline
                 break
             fail(f'{path} is damaged at line {number}; delete that line')
@@ -92,6 +96,40 @@ def _is_number(value):
     return value is None or isinstance(value, float) or type(value) is int and abs(value) < 1 << 53
 
 
+def norm_entry(norms, init_norms, states):
+    """Return the fields of a 'norms' entry.
+
+    norms, init_norms: {name: norm} now and at the start. states: {name: optimizer state}, which may
+    have AdamCPR's kappa and lagmul.
+    """
+    tensors = {}
+    for name, norm in norms.items():
+        bound = {k: states[name][k].item() for k in ('kappa', 'lagmul') if k in states[name]}
+        ratio = norm / init_norms[name] if init_norms[name] else math.nan
+        tensors[name] = dict(norm=norm, ratio=ratio, **bound)
+    ratio = math.hypot(*norms.values()) / math.hypot(*init_norms.values())
+    return dict(ratio=ratio, tensors=tensors)
+
+
+def final_ratios(out_dir, names):
+    """Return (ratio of all tensors together, {name: its ratio}) at the end of the run in `out_dir`.
+
+    Fails if its log has no norms, norms of others than the tensors `names`, or no finite ones.
+    """
+    norms = [entry for entry in read_sound(out_dir) if entry['kind'] == 'norms']
+    problem = f'the run in {out_dir}'
+    if not norms:
+        fail(f'{problem} recorded no norms; train it again with --norm_log_interval=100')
+    tensors = norms[-1]['tensors']
+    if tensors.keys() != set(names):
+        fail(f'{problem} has other tensors than this one; train both with the same n_layer')
+    ratios = {name: of_tensor.get('ratio') for name, of_tensor in tensors.items()}
+    for ratio in (norms[-1]['ratio'], *ratios.values()):
+        if ratio is None or not _is_number(ratio):
+            fail(f'{problem} ended with norms that are not all finite numbers; take another run')
+    return norms[-1]['ratio'], ratios
+
+
 class WandB:
     """Draw a run's charts on Weights & Biases. Fails if it does not start."""
 
@@ -122,55 +160,56 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter as make
         except ImportError:
             fail('tensorboard is not installed; run: pip install tensorboard')
-        # draw() creates the files: until RunLog has the lock, out_dir may be another run's
         self.make = partial(make, os.path.join(out_dir, 'tensorboard'), purge_step=iter_num)
-        self.writer = None
+
+    @cached_property
+    def writer(self):  # creates files: until RunLog has the lock, out_dir may be another run's
+        return self.make()
 
     def draw(self, iter_num, values):
-        if self.writer is None:
-            self.writer = self.make()
         for name, value in values.items():
             self.writer.add_scalar(name, value, iter_num)
         self.writer.flush()
 
     def close(self):
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
 
 
 class RunLog:
-    """Append to out_dir/log.jsonl, and draw the entries on `charts`.
+    """Append to out_dir/log.jsonl, and draw the entries on the charts that the settings ask for.
 
     A run that continues at `iter_num` first drops the entries that it will write again.
-    With out_dir None it writes nothing, which all ranks but one use.
+    writes: False for all ranks but one: they write and draw nothing.
+    Fails if another run has the folder, or it cannot be written.
     """
 
-    def __init__(self, out_dir, iter_num=0, charts=()):
-        self.charts, self.file = charts, None
-        if out_dir is None:
+    def __init__(self, settings, iter_num=0, writes=True):
+        self.charts, self.file = [], None
+        if not writes:
             return
-        os.makedirs(out_dir, exist_ok=True)
+        out_dir = settings['out_dir']
+        if settings['tensorboard_log']:
+            self.charts.append(TensorBoard(out_dir, iter_num))
+        if settings['wandb_log']:
+            names = settings['wandb_project'], settings['wandb_run_name']
+            self.charts.append(WandB(*names, settings))
         self.path = os.path.join(out_dir, NAME)
-        # the system releases the lock when this process ends, even if it is killed
-        self.lock = open(os.path.join(out_dir, '.lock'), 'w')
         try:
+            os.makedirs(out_dir, exist_ok=True)
+            # the system releases the lock when this process ends, even if it is killed
+            self.lock = open(os.path.join(out_dir, '.lock'), 'w')
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kept = read(out_dir) if iter_num > 0 and os.path.exists(self.path) else []
+            kept = [e for e in kept if not (type(e.get('iter')) is int and e['iter'] >= iter_num)]
+            with replacing(self.path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+                f.writelines(map(line, kept))
+            self.file = open(self.path, 'ab', buffering=0)  # a kill loses nothing that was written
         except BlockingIOError:
             remedy = 'wait until it is done, or choose another --out_dir'
             fail(f'another run is writing to {out_dir}; {remedy}')
-        kept = []
-        if iter_num > 0 and os.path.exists(self.path):
-            kept = [e for e in read(out_dir) if e.get('iter', -1) < iter_num]
-        temporary = f'{self.path}.tmp'
-        try:
-            with open(temporary, 'w', encoding='utf-8') as f:
-                f.writelines(line(e) for e in kept)
-            os.replace(temporary, self.path)
-        except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-        self.file = open(self.path, 'ab', buffering=0)  # a kill loses nothing that was written
+        except OSError as e:
+            problem = f"out_dir='{out_dir}' cannot be written ({e.strerror})"
+            fail(f'{problem}; choose another with --out_dir=PATH')
 
     def write(self, kind, **entry):
         if self.file is None:
@@ -192,6 +231,42 @@ class RunLog:
         if self.file is not None:
             self.file.close()
             self.lock.close()
+
+
+class Clock:
+    """Time a run's iterations, and estimate how long the rest of it takes."""
+
+    def __init__(self, iter_num, max_iters, eval_interval):
+        self.max_iters, self.eval_interval, self.evaluation_seconds = max_iters, eval_interval, 0.0
+        self.recent = deque(maxlen=20)
+        self.start(iter_num)
+
+    def start(self, iter_num):
+        self.started, self.iter_num = time.perf_counter(), iter_num
+
+    def lap(self, iter_num):
+        """Return the seconds that each iteration before `iter_num` took since the last lap."""
+        self.recent.append((time.perf_counter() - self.started) / (iter_num - self.iter_num))
+        self.start(iter_num)
+        return self.recent[-1]
+
+    @contextmanager
+    def evaluation(self, iter_num):
+        started = time.perf_counter()
+        yield
+        self.evaluation_seconds = time.perf_counter() - started
+        self.start(iter_num)
+
+    def left(self):
+        """Return the time left, evaluations included, after a lap: '2.1 h left'."""
+        evaluations = -(-self.max_iters // self.eval_interval)  # in all, but the one at the start
+        evaluations -= (self.iter_num - 1) // self.eval_interval
+        seconds = (self.max_iters - self.iter_num) * statistics.median(self.recent)
+        seconds += evaluations * self.evaluation_seconds
+        for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
+            if seconds >= 2 * size:
+                return f'{seconds / size:.1f} {unit} left'
+        return f'{seconds:.0f} s left'
 
 
 class Watch:

@@ -15,13 +15,15 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from nanonorm.kernels.dtensor import square_sums
-from runtime import DTYPES, fail
+from runtime.device import DTYPES
+from runtime.errors import fail
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Ranks:
     world_size: int = 1
 
     def wrap(self, model, rt, compile=False, shard_size=0):
-        """Move `model` to the device of `rt`, a runtime.Runtime, and return what to call for it.
+        """Move `model` to the device of `rt`, a device.Runtime, and return what to call for it.
 
         For 'zero' and 'fsdp' the parameters become DTensors: make the optimizer afterwards.
         shard_size: the number of processes that hold one copy of the sharded tensors; 0: all.
@@ -121,12 +123,12 @@ class Ranks:
         if not torch.is_tensor(value):
             return value
         if id(value) not in known:
-            whole = value.detach()
-            whole = whole.full_tensor() if hasattr(whole, 'device_mesh') else whole
-            known[id(value)] = value, whole.to('cpu', copy=True) if self.rank == 0 else None
+            x = value.detach()
+            x = x.full_tensor() if hasattr(x, 'device_mesh') else x
+            known[id(value)] = value, x.to('cpu', copy=True) if self.rank == 0 else None
         return known[id(value)][1]
 
-    def share(self, total, name):
+    def divide(self, total, name):
         """Return this process's share of `total`. Fails if equal shares are impossible."""
         if total % self.world_size:
             fail(
@@ -149,12 +151,47 @@ class Ranks:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x.item()
 
-    def ask_first(self, question):
+    def from_rank0(self, question):
         """Return on every rank what question() returns on rank 0, such as which files exist."""
         answer = [question() if self.rank == 0 else None]
         if self.engine:
             dist.broadcast_object_list(answer)
         return answer[0]
+
+    def mean_loss(self, batches, loss_of):
+        """Return the mean loss a token over `batches`, each computed by one of the ranks.
+
+        batches: yields (x, y), the same on every rank. loss_of(x, y): the mean loss of a batch,
+        0-d. The number does not depend on how many ranks there are.
+        """
+        nats, tokens = [], []  # of every batch; 0 nats where another rank has it
+        # a batch for each rank; in the last round some may have None, and repeat the first
+        for several in zip_longest(*[iter(batches)] * self.world_size):
+            loss = loss_of(*(several[self.rank] or several[0])).item()
+            sizes = [y.numel() for _, y in filter(None, several)]
+            nats += [loss * size if i == self.rank else 0.0 for i, size in enumerate(sizes)]
+            tokens += sizes
+        nats = self.sum(torch.tensor(nats, dtype=torch.float64))
+        return nats.sum().item() / sum(tokens)
+
+    def catch_signals(self):
+        """Note SIGINT, SIGTERM and SIGUSR1 (SLURM's --signal=USR1@180) from now on.
+
+        They no longer end the process: ask stop_signal(). A second signal ends it at once.
+        """
+
+        def note(number, _):
+            self._signal = number
+            if self.world_size == 1:  # torchrun repeats what a terminal or a cluster sends
+                signal.signal(number, signal.SIG_DFL)
+
+        self._signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, note)
+
+    def stop_signal(self):
+        """Return the number of a signal that some rank has received, or 0."""
+        return self.max(self._signal)
 
     def close(self):
         """End the run in good order. Every rank must call it; it may leave by sys.exit after."""

@@ -1,0 +1,1 @@
+"""What a training run stands on: device, processes, checkpoints, log, error lines."""
