@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub import only_this_machine
+from helpers import processes
+from helpers.hub import only_this_machine
 
 # set before triton, datasets or transformers are imported; the scripts' processes inherit it
 if not torch.cuda.is_available():
@@ -23,6 +24,7 @@ from data.writer import write_dataset  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the scripts are run from the checkout
+processes.install()
 
 TINY = [
     '--n_layer=2',

@@ -70,9 +70,9 @@ def values(out_dir, kind, field):
 
 
 def workers(process):
-    return [
-        int(pid) for pid in open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
-    ]
+    """Return the children of torchrun that it gave a session of their own."""
+    children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    return [pid for pid in map(int, children) if os.getsid(pid) == pid]
 
 
 @pytest.fixture(scope='module')
@@ -267,7 +267,7 @@ def test_optimizers_update_dtensors_as_they_do_whole_tensors(impl, count, names,
     if impl != 'torch':
         pytest.importorskip(impl)
     environment = {'IMPL': impl, 'TRITON_INTERPRET': str(int(impl == 'triton'))}
-    lines = work(count, 'tests/sharded_worker.py', *names, **environment).splitlines()
+    lines = work(count, 'tests/helpers/sharded_worker.py', *names, **environment).splitlines()
     worst = {name: float(value) for name, value in (line.rsplit(': ', 1) for line in lines)}
     assert worst.keys() == set(names) if names else len(worst) == 17
     assert max(worst.values()) <= tolerance, worst
@@ -289,7 +289,7 @@ def work(count, *command, limit=400, **environment):
 
 @pytest.mark.parametrize('count, engine, shard_size', [(2, 'zero', 0), (4, 'fsdp', 2)])
 def test_zero_gathers_parameters_once_an_iteration_and_shards_all_else(count, engine, shard_size):
-    found = json.loads(work(count, 'tests/engine_worker.py', engine, str(shard_size)))
+    found = json.loads(work(count, 'tests/helpers/engine_worker.py', engine, str(shard_size)))
     groups, micro_steps = found['groups'], len(found['gathered'])
     if engine == 'zero':
         assert found['gathered'] == [groups] * (micro_steps - 1) + [0]

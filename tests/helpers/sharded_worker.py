@@ -1,6 +1,6 @@
 """Run by test_parallel.py under torchrun: optimizers on DTensors beside the same on whole tensors.
 
-    IMPL=torch torchrun --nproc_per_node=4 tests/sharded_worker.py [NAME OF A CASE ...]
+    IMPL=torch torchrun --nproc_per_node=4 tests/helpers/sharded_worker.py [NAME OF A CASE ...]
 
 Rank 0 prints a line a case: its name, and the largest relative difference of weights, states and
 gradient norm. IMPL is the `impl` that updates the shards; the reference has 'torch'.
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
