@@ -15,6 +15,7 @@ from helpers import processes
 from helpers.hub import only_this_machine
 
 # set before triton, datasets or transformers are imported; the scripts' processes inherit it
+os.environ['OMP_NUM_THREADS'] = '1'  # of processes: threads that wait spin
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # run the kernels on the CPU
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -43,6 +44,13 @@ TINY = [
     '--lr_decay_iters=8',
     '--norm_log_interval=2',
 ]
+
+LONGEST = 'test_parallel.py', 'test_train.py', 'test_compare.py', 'test_optimizers.py'
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first: a long one at the end keeps one worker busy, others idle."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -131,6 +131,7 @@ def run(words, env, cwd, new_session, unbuffered):
         del sys.argv[1]
         exec(compile(words[1], '<string>', 'exec'), {'__name__': '__main__'})
     elif script == '-m':
+        sys.modules.pop(words[1], None)  # runpy warns of a module that is there
         runpy.run_module(words[1], run_name='__main__', alter_sys=True)
     else:
         runpy.run_path(script, run_name='__main__')
@@ -139,6 +140,7 @@ def run(words, env, cwd, new_session, unbuffered):
 def main(server):
     for name in MODULES:
         importlib.import_module(name)
+    sys.modules['numba'].njit(lambda x: x)(1)  # loads what the first function of a process needs
     gc.freeze()  # what is not looked at by the collector is not copied
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
