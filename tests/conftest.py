@@ -45,12 +45,13 @@ TINY = [
     '--norm_log_interval=2',
 ]
 
-LONGEST = 'test_parallel.py', 'test_train.py', 'test_compare.py', 'test_optimizers.py'
+LONGEST = ['test_parallel.py', 'test_train.py', 'test_compare.py', 'test_hub.py']
 
 
 def pytest_collection_modifyitems(items):
     """Start the longest files first: a long one at the end keeps one worker busy, others idle."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)
