@@ -11,7 +11,7 @@ train: .venv/installed data/pystdlib_char/meta.json
 	$(BIN)/python plot.py out-char-cpr
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub import only_this_machine
+from helpers import processes
+from helpers.hub import only_this_machine
 
 # set before triton, datasets or transformers are imported; the scripts' processes inherit it
+os.environ['OMP_NUM_THREADS'] = '1'  # of processes: threads that wait spin
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # run the kernels on the CPU
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -23,6 +25,7 @@ from data.writer import write_dataset  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)  # the scripts are run from the checkout
+processes.install()
 
 TINY = [
     '--n_layer=2',
@@ -41,6 +44,14 @@ TINY = [
     '--lr_decay_iters=8',
     '--norm_log_interval=2',
 ]
+
+LONGEST = ['test_parallel.py', 'test_train.py', 'test_compare.py', 'test_hub.py']
+
+
+def pytest_collection_modifyitems(items):
+    """Start the longest files first: a long one at the end keeps one worker busy, others idle."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,7 @@ def test_prefetch_leaves_no_thread_behind(leave):
     else:
         del batches
         gc.collect()
-    assert set(threading.enumerate()) == before
+    assert not set(threading.enumerate()) - before  # one of another test may have ended
 
 
 def test_prefetch_does_not_keep_an_interpreter_from_leaving():

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, TINY
-from hub import Hub
+from helpers.hub import Hub
 
 TEXTS = [f'Document {i} has{" many" * (i % 9)} words.' for i in range(90)]
 
@@ -31,7 +31,7 @@ def run(tmp_path):
                 'HF_UPDATE_DOWNLOAD_COUNTS': '0',
                 'NO_PROXY': '127.0.0.1',
             }
-            wrapper = [sys.executable, str(ROOT / 'tests' / 'hub.py')]
+            wrapper = [sys.executable, str(ROOT / 'tests/helpers/hub.py')]
             command = [*wrapper, str(ROOT / script), *map(str, arguments)]
             options = {'capture_output': True, 'text': True, 'timeout': 120}
             return subprocess.run(command, cwd=tmp_path, env=env, **options), hub

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY
+from helpers import processes
 
 from runtime import checkpoint
 from runtime import log as runlog
@@ -69,9 +70,9 @@ def values(out_dir, kind, field):
 
 
 def workers(process):
-    return [
-        int(pid) for pid in open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
-    ]
+    """Return the children of torchrun that it gave a session of their own."""
+    children = open(f'/proc/{process.pid}/task/{process.pid}/children').read().split()
+    return [pid for pid in map(int, children) if os.getsid(pid) == pid]
 
 
 @pytest.fixture(scope='module')
@@ -226,8 +227,11 @@ def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(
     print(f'{killed} kills, {sum(lost)} iterations trained again, at most {max(lost)} at once')
 
 
-def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_path):
-    status, out, err = finish(torchrun(2, tmp_path, dataset, '--learning_rat=1'))
+def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_path, monkeypatch):
+    with monkeypatch.context() as usual:  # once as its user starts it
+        usual.setattr(subprocess, 'Popen', processes.UsualPopen)
+        process = torchrun(2, tmp_path, dataset, '--learning_rat=1')
+    status, out, err = finish(process)
     assert status != 0 and err.count('error: ') == 1, err
     status, out, err = finish(torchrun(2, tmp_path, dataset, '--gradient_accumulation_steps=3'))
     assert err.count('error: ') == 1 and 'choose a multiple of 2' in err
@@ -265,8 +269,8 @@ SOME += ['wn global after']
 def test_optimizers_update_dtensors_as_they_do_whole_tensors(impl, count, names, tolerance):
     if impl != 'torch':
         pytest.importorskip(impl)
-    environment = {'IMPL': impl, 'TRITON_INTERPRET': str(int(impl == 'triton'))}
-    lines = work(count, 'tests/sharded_worker.py', *names, **environment).splitlines()
+    command = 'tests/helpers/sharded_worker.py', impl, *names
+    lines = work(count, *command, TRITON_INTERPRET='1').splitlines()
     worst = {name: float(value) for name, value in (line.rsplit(': ', 1) for line in lines)}
     assert worst.keys() == set(names) if names else len(worst) == 17
     assert max(worst.values()) <= tolerance, worst
@@ -288,7 +292,7 @@ def work(count, *command, limit=400, **environment):
 
 @pytest.mark.parametrize('count, engine, shard_size', [(2, 'zero', 0), (4, 'fsdp', 2)])
 def test_zero_gathers_parameters_once_an_iteration_and_shards_all_else(count, engine, shard_size):
-    found = json.loads(work(count, 'tests/engine_worker.py', engine, str(shard_size)))
+    found = json.loads(work(count, 'tests/helpers/engine_worker.py', engine, str(shard_size)))
     groups, micro_steps = found['groups'], len(found['gathered'])
     if engine == 'zero':
         assert found['gathered'] == [groups] * (micro_steps - 1) + [0]

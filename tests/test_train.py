@@ -1,12 +1,11 @@
 """train.py as its user runs it: what it learns and writes, how it resumes, its error lines."""
 
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -513,14 +512,7 @@ def test_a_signal_finishes_the_iteration_and_writes_a_checkpoint(tmp_path, datas
     assert saved['iter_num'] == max(losses(tmp_path / 'out')) + 1 >= 6
 
 
-def train_forked(arguments, stdout):
-    os.dup2(stdout.fileno(), 1)
-    torch.set_num_threads(1)
-    sys.argv = ['train.py', *arguments]
-    runpy.run_path('train.py', run_name='__main__')
-
-
-def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset, monkeypatch):
+def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset):
     arguments = (
         '--optimizer=adamcpr',
         '--reg_step_size=10',
@@ -533,29 +525,16 @@ def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset
     )
     whole = start(tmp_path / 'whole', dataset, *arguments)
     assert whole.wait(timeout=120) == 0
-    # fork each from a process that has imported torch: an import takes longer than a run here
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(
-        ['cpr', 'data.tokens', 'runtime.checkpoint', 'runtime.distributed', 'torch._dynamo']
-    )
-    command = [*whole.args[2:], f'--out_dir={tmp_path / "killed"}']
     chance = random.Random(0)
     for kills in range(20):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=train_forked, args=(command, writer))
-        process.start()
-        writer.close()
-        seen, wanted = 0, chance.randrange(2, 14)  # lines of output, one to two checkpoints' worth
-        with open(reader.fileno(), closefd=False) as lines:
-            for _ in lines:
-                seen += 1
-                if seen == wanted:
-                    time.sleep(chance.random() * 0.02)
-                    process.kill()
-                    break
-        process.join(60)
-        reader.close()
-        assert process.exitcode == -signal.SIGKILL, f'after {kills} kills the run ended by itself'
+        process = start(tmp_path / 'killed', dataset, *arguments)
+        wanted = chance.randrange(2, 14)  # lines of output, one to two checkpoints' worth
+        for _ in itertools.islice(process.stdout, wanted):
+            pass
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, f'after {kills} kills it ended by itself'
         assert not (tmp_path / 'killed' / 'ckpt.pt').exists() or checkpoint.load(
             tmp_path / 'killed' / 'ckpt.pt'
         )

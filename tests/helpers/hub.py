@@ -1,7 +1,7 @@
 """Serve data sets and models on this machine, as the Hugging Face hub does to its clients.
 
     with Hub(folder) as hub: ...            serves folder/datasets/OWNER/NAME and folder/OWNER/NAME
-    python tests/hub.py SCRIPT ARGUMENT...  runs a script in a process that finds no other machine
+    python tests/helpers/hub.py SCRIPT ARGUMENT...  runs a script that finds no other machine
 
 It answers the requests that huggingface_hub 2.4 and datasets 5.2 send. The addresses are those of
 https://huggingface.co/docs/hub/api.

@@ -1,16 +1,15 @@
 """Run by test_parallel.py under torchrun: optimizers on DTensors beside the same on whole tensors.
 
-    IMPL=torch torchrun --nproc_per_node=4 tests/sharded_worker.py [NAME OF A CASE ...]
+    torchrun --nproc_per_node=4 tests/helpers/sharded_worker.py IMPL [NAME OF A CASE ...]
 
 Rank 0 prints a line a case: its name, and the largest relative difference of weights, states and
 gradient norm. IMPL is the `impl` that updates the shards; the reference has 'torch'.
 """
 
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,17 +33,26 @@ def gradient(step, j):
     return grad * torch.inf if step == 5 and j == 1 else grad
 
 
+def shard(x, mesh, placements):
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)  # every rank has x
+
+
 def difference(ours, theirs):
-    ours = ours.full_tensor() if hasattr(ours, 'full_tensor') else ours
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    assert torch.equal(ours.isnan(), theirs.isnan())
+    """Return the largest of this rank's elements, relative to the largest element of `theirs`."""
+    ours, theirs = ours.detach(), theirs.detach().double()
     scale = theirs.nan_to_num(0).abs().max().clamp(min=1e-3)
-    return ((ours - theirs).nan_to_num(0, 0, 0).abs().max() / scale).item()
+    if hasattr(ours, 'to_local'):
+        theirs = shard(theirs, ours.device_mesh, ours.placements).to_local()
+        ours = ours.to_local()
+    ours = ours.double()
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    differences = (ours - theirs).nan_to_num(0, 0, 0).abs() / scale
+    return differences.max().item() if differences.numel() else 0.0
 
 
 def compare(cls, options, impl, mesh, placements):
     whole = [torch.nn.Parameter(x) for x in same_start()]
-    sharded = [torch.nn.Parameter(distribute_tensor(x, mesh, placements)) for x in same_start()]
+    sharded = [torch.nn.Parameter(shard(x, mesh, placements)) for x in same_start()]
     reference, opt = cls(whole, impl='torch', **options), cls(sharded, impl=impl, **options)
     if cls is AdamWN:
         for optimizer, params in ((reference, whole), (opt, sharded)):
@@ -55,7 +63,7 @@ def compare(cls, options, impl, mesh, placements):
     for step in range(STEPS):
         for j, (p, q) in enumerate(zip(whole, sharded, strict=True)):
             p.grad = gradient(step, j)
-            q.grad = distribute_tensor(gradient(step, j), mesh, placements)
+            q.grad = shard(p.grad, mesh, placements)
         reference.step()
         opt.step()
         worst = max(worst, difference(opt.grad_norm, reference.grad_norm))
@@ -71,7 +79,7 @@ def compare(cls, options, impl, mesh, placements):
     other = cls(copies, impl=impl, **options)
     other.load_state_dict(reference.state_dict())
     for p, q in zip(whole, copies, strict=True):
-        assert torch.equal(other.state[q]['exp_avg'].full_tensor(), reference.state[p]['exp_avg'])
+        assert difference(other.state[q]['exp_avg'], reference.state[p]['exp_avg']) == 0
     return worst
 
 
@@ -94,15 +102,17 @@ def cases():
     yield 'h', AdamH, dict(lr=0.05, step_scale=2.0, max_grad_norm=1.0)
 
 
-def main():
+def main(impl, *names):
     ranks = start('fsdp', 'cpu')
     flat = init_device_mesh('cpu', (ranks.world_size,))
     grid = init_device_mesh('cpu', (2, ranks.world_size // 2))
     meshes = (grid, (Replicate(), Shard(0))), (flat, (Shard(0),))
     for number, (name, cls, options) in enumerate(cases()):
-        if name in (sys.argv[1:] or [name]):
-            print(f'{name}: {compare(cls, options, os.environ["IMPL"], *meshes[number % 2])}')
+        if name in (names or [name]):
+            worst = torch.tensor(compare(cls, options, impl, *meshes[number % 2]))
+            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
+            print(f'{name}: {worst.item()}')
     ranks.close()
 
 
-main()
+main(*sys.argv[1:])

@@ -1,6 +1,6 @@
 """Run by test_parallel.py under torchrun: what an engine communicates, and what it keeps where.
 
-    torchrun --nproc_per_node=2 tests/engine_worker.py ENGINE SHARD_SIZE
+    torchrun --nproc_per_node=2 tests/helpers/engine_worker.py ENGINE SHARD_SIZE
 
 Rank 0 prints a JSON object. `gathers` and `scatters` count the all-gathers and reduce-scatters of
 an iteration, `groups` the groups of parameters that are gathered together. `gathered` has, after
@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch.distributed.fsdp import FSDPModule
