@@ -249,7 +249,7 @@ def load_model(path):
     """
     saved = load(path)
     if 'model' not in saved:
-        fail(f'{path} is a folder; convert it: python folders.py {path} ckpt.pt')
+        fail(f'{path} is a folder; convert it: python export.py {path} ckpt.pt --to=file')
     try:
         model = GPT(GPTConfig(**saved['model_args']))
         model.load_state_dict(saved['model'])

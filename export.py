@@ -1,24 +1,31 @@
-"""Export a model that nanoNorm trained as a folder for Hugging Face transformers.
+"""Convert a checkpoint of nanoNorm: for Hugging Face transformers, to one file, or to a folder.
 
-    python export.py out-gpt2-cpr hf-gpt2-cpr
+    python export.py out-gpt2-cpr hf-gpt2-cpr                    a model for transformers
+    python export.py out/ckpt-000100 ckpt.pt --to=file           one file, as nanoGPT has it
+    python export.py out/ckpt.pt out/ckpt-000100 --to=folder     a sharded folder
+
+OUT_DIR is the out_dir of a run, whose newest checkpoint is taken, or the path of a checkpoint:
+a file, or a folder that a run with sharded_checkpoint=True wrote. TARGET must not exist.
+
+--to=hf writes a folder with the config, the weights in safetensors, and the tokenizer:
 
     from transformers import pipeline
     print(pipeline('text-generation', 'hf-gpt2-cpr')('Once'))
 
-OUT_DIR is the out_dir of a run or the path of a checkpoint. The folder HF_DIR holds the config, the
-weights in safetensors, and the tokenizer. GPT2LMHeadModel.from_pretrained reads it, and train.py
-and sample.py take it as --init_from. Biases that the model lacks are exported as zeros.
+GPT2LMHeadModel.from_pretrained reads it, and so do train.py and sample.py by --init_from. Biases
+that the model lacks are exported as zeros. --to=file and --to=folder keep everything that a run
+needs to resume.
 """
 
 import os
 import shutil
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
 import checkpoint
 from data.tokenizers import add_bpe_file, tokenizer_of
-from model import GELU_APPROXIMATE, is_conv1d
+from model import GELU_APPROXIMATE, GPT, GPTConfig, is_conv1d
 from runtime import Arguments, border, fail
 
 
@@ -84,32 +91,99 @@ def tokenizer_for_transformers(tokens, block_size):
     )
 
 
-def main():
-    arguments = Arguments(__doc__)
-    arguments.add_argument('out_dir', metavar='OUT_DIR')
-    arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='must not exist yet')
-    add_bpe_file(arguments)
-    args = arguments.parse_args()
-    temporary = Path(f'{args.hf_dir}.tmp')
-    for folder in (args.hf_dir, temporary):
-        if folder.exists():
-            fail(f'{folder} is there already; name another folder, or remove it')
-    path = args.out_dir
-    if not checkpoint.is_at(path):
-        path = os.path.join(args.out_dir, 'ckpt.pt')
-    gpt, saved = checkpoint.load_model(path)
-    tokens = tokenizer_of(path, saved, args.bpe_file)
+def read(path):
+    """Return (model, rest) of the checkpoint at `path`, a file or a folder.
+
+    model: a GPT with its weights. rest: the other keys of ckpt.pt, 'optimizer' among them.
+    """
+    if not os.path.isdir(path):
+        model, saved = checkpoint.load_model(path)
+        return model, {key: value for key, value in saved.items() if key != 'model'}
+    import folders  # here: the import takes long, and a file can do without
+
+    saved = checkpoint.load(path)
+    model = GPT(GPTConfig(**saved['model_args']))
+    state = folders.read(path, model, no_dist=True)
+    saved['optimizer'] = {'state': state, 'param_groups': saved.pop('param_groups')}
+    return model, saved
+
+
+@contextmanager
+def new_folder(path):
+    """Give the path of a folder to fill. It is renamed to `path` at the end, removed on errors."""
+    temporary = f'{path}.tmp'
+    os.makedirs(temporary)
     try:
-        model_of(gpt, tokens.end).save_pretrained(temporary)
-        tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)
-        os.replace(temporary, args.hf_dir)
-    except ImportError as e:
-        fail(f'{e.name} is not installed; run: pip install transformers')
-    except Exception as e:  # disk errors: safetensors raises its own types
-        fail(f'cannot write {args.hf_dir} ({e}); make room, or choose another folder')
+        yield temporary
+        os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f'{args.hf_dir}: {sum(f.stat().st_size for f in args.hf_dir.iterdir()) / 1e6:.1f} MB')
+
+
+def write_hf(target, model, rest, tokens):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # an error must have a line of its own
+    with new_folder(target) as folder:
+        model_of(model, tokens.end).save_pretrained(folder)
+        tokenizer_for_transformers(tokens, model.config.block_size).save_pretrained(folder)
+
+
+def write_file(target, model, rest):
+    checkpoint.save(target, {**rest, 'model': model.state_dict()})
+
+
+def write_folder(target, model, rest):
+    import folders
+
+    optimizer, names = rest.pop('optimizer'), folders.optimizer_names(model)
+    states = {names[i]: state for i, state in optimizer['state'].items()}
+    run = {**rest, 'param_groups': optimizer['param_groups']}
+    with new_folder(target) as folder:
+        checkpoint.save(os.path.join(folder, folders.RUN), run)
+        tensors = folders.tensors(dict(model.named_parameters()), states)
+        folders.dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+
+
+def size(path):
+    """Return the bytes of a file, or of the files in a folder."""
+    files = os.scandir(path) if os.path.isdir(path) else [path]
+    return sum(os.path.getsize(file) for file in files)
+
+
+def main():
+    arguments = Arguments(__doc__)
+    arguments.add_argument('out_dir', metavar='OUT_DIR', help="a run's folder, or a checkpoint")
+    arguments.add_argument('target', metavar='TARGET', help='must not exist yet')
+    text = 'what to write; default: hf, for transformers'
+    arguments.add_argument('--to', choices=('hf', 'file', 'folder'), default='hf', help=text)
+    add_bpe_file(arguments)
+    args = arguments.parse_args()
+    target = os.path.normpath(args.target)
+    for path in (target, f'{target}.tmp'):
+        if os.path.lexists(path):
+            fail(f'{path} is there already; choose another TARGET, or remove it')
+    source = args.out_dir
+    if not checkpoint.is_at(source):
+        newest_file = os.path.join(source, 'ckpt.pt')
+        source = next(iter(checkpoint.all_of(newest_file)), newest_file)
+    try:
+        model, rest = read(source)
+        if args.to == 'hf':
+            write_hf(target, model, rest, tokenizer_of(source, rest, args.bpe_file))
+        elif args.to == 'file':
+            write_file(target, model, rest)
+        else:
+            write_folder(target, model, rest)
+    except ImportError as e:
+        fail(f'{e.name} is not installed; run: pip install transformers')
+    except Exception as e:  # safetensors and distributed.checkpoint raise types of their own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        fail(
+            f'cannot convert {source} to {target} ({reason}); check that {source} is a checkpoint '
+            f'and that there is room for {target}'
+        )
+    print(f'{target}: {size(target) / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,5 @@
 """Write checkpoints of large models as folders: each process writes its shards.
 
-    python folders.py out/ckpt-000100 ckpt.pt        convert a folder to a file like nanoGPT's
-    python folders.py out/ckpt.pt out/ckpt-000100    convert a file to a folder
-
 The format is torch.distributed.checkpoint's. A folder holds each parameter as model.NAME and each
 optimizer state as optimizer.NAME.STATE. Its run.pt holds the rest of ckpt.pt. The file .metadata
 is written last: a folder that has it is complete.
@@ -10,15 +7,12 @@ is written last: a folder that has it is complete.
 
 import os
 import shutil
-import sys
 import warnings
 
 import torch
 import torch.distributed.checkpoint as dcp
 
 import checkpoint
-from model import GPT, GPTConfig
-from runtime import fail
 
 RUN = 'run.pt'
 warnings.filterwarnings('ignore', 'torch.distributed is')  # "disabled", as in one process
@@ -120,43 +114,3 @@ def optimizer_names(model):
     """
     named = list(model.named_parameters())
     return [name for name, p in named if p.dim() >= 2] + [name for name, p in named if p.dim() < 2]
-
-
-def convert(source, target):
-    """Convert a folder to a file like ckpt.pt, or such a file to a folder."""
-    if os.path.exists(target):
-        fail(f'{target} is there already; remove it, or write to another place')
-    saved = checkpoint.load(source)
-    model = GPT(GPTConfig(**saved['model_args']))
-    if os.path.isdir(source):
-        state = read(source, model, no_dist=True)
-        saved['model'] = model.state_dict()  # includes the tied lm_head.weight
-        saved['optimizer'] = {'state': state, 'param_groups': saved.pop('param_groups')}
-        checkpoint.save(target, saved)
-    else:
-        model.load_state_dict(saved.pop('model'))
-        optimizer = saved.pop('optimizer')
-        params, names = dict(model.named_parameters()), optimizer_names(model)
-        states = {names[i]: state for i, state in optimizer['state'].items()}
-        temporary = f'{str(target).rstrip("/")}.tmp'
-        os.makedirs(temporary)
-        try:
-            run = {**saved, 'param_groups': optimizer['param_groups']}
-            checkpoint.save(os.path.join(temporary, RUN), run)
-            dcp.save(tensors(params, states), checkpoint_id=temporary, no_dist=True)
-            os.replace(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-if __name__ == '__main__':
-    if len(sys.argv) != 3:
-        fail('usage: python folders.py SOURCE TARGET, one of them a folder, the other a file')
-    source, target = sys.argv[1:]
-    try:
-        convert(source, target)
-    except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        problem = f'cannot convert {source} to {target} ({reason})'
-        fail(f'{problem}; check the disk space and that {source} is a checkpoint')
-    print(f'wrote {target}')

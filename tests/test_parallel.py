@@ -410,8 +410,13 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
     unfinished = tmp_path / 'cut' / 'ckpt-000030'
     for mistake in (
         (*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),
-        ('folders.py', unfinished, tmp_path / 'new'),
-        ('folders.py', tmp_path / 'cut' / 'ckpt-000020', tmp_path / 'no' / 'folder' / 'ckpt.pt'),
+        ('export.py', unfinished, tmp_path / 'new', '--to=file'),
+        (
+            'export.py',
+            tmp_path / 'cut' / 'ckpt-000020',
+            tmp_path / 'no' / 'folder' / 'ckpt.pt',
+            '--to=file',
+        ),
     ):
         outcome = script(*mistake)
         assert (
@@ -424,9 +429,12 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
     assert folders.damage(tmp_path / 'cut' / 'ckpt-000020').startswith(folders.RUN)
 
     folder, file = tmp_path / 'file' / 'ckpt-000025', tmp_path / 'file' / 'ckpt.pt'
-    folders.convert(folder, file)
-    folders.convert(file, tmp_path / 'again')
-    folders.convert(tmp_path / 'again', tmp_path / 'again.pt')
+    for source, target, kind in (
+        (folder, file, 'file'),
+        (file, tmp_path / 'again', 'folder'),
+        (tmp_path / 'again', tmp_path / 'again.pt', 'file'),
+    ):
+        assert script('export.py', source, target, f'--to={kind}').status == 0
     one, two = checkpoint.load(file), checkpoint.load(tmp_path / 'again.pt')
     assert one.keys() == two.keys()
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])
