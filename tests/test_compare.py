@@ -1,7 +1,9 @@
 """Test compare.py: its report against logs written by hand, and tiny runs of its own."""
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -416,6 +418,30 @@ def test_a_mistake_in_a_setting_is_found_before_any_run_starts(
         compare.main([ADAMW, config, '--seeds=7', f'--out={out}', *SMALL])
     err = capsys.readouterr().err
     assert err.startswith('error: ') and err.count('\n') == 1 and says in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class FailedJob(compare.Job):
+    def __init__(self, run, gpu, threads):
+        self.run, self.latest = run, 'iter 7'
+        self.errors = io.StringIO('a warning\nerror: the disk is full\n')
+        self.process = subprocess.Popen(['false'])
+
+
+def test_the_error_of_a_run_stands_below_the_progress_bar_on_its_own_line(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setattr(compare, 'Job', FailedJob)
+    with pytest.raises(SystemExit, match='2'):
+        compare.make([report.Run(1, 'runs/a/seed1', ['config/a.py'])], 1, None)
+    lines = re.split('[\r\n]', terminal.getvalue())
+    assert any('0/1' in line and 'a: iter 7' in line for line in lines)
+    command = 'python train.py config/a.py'
+    assert f'error: the disk is full (status 1 of: {command})' in lines
 
 
 def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
