@@ -1,14 +1,17 @@
-"""Measure what the project claims, in this one process, in turns: medians of the same minutes.
+"""Measure the speed of nanoNorm beside that of PyTorch, pytorch-cpr and nanoGPT.
 
-python bench.py --what=optimizer     an optimizer's step with clipping, against torch's
-python bench.py --what=host          the host's share of a step on a GPU; needs no GPU
-python bench.py --what=train         CPU: an iteration of train.py against the parts it has
-python bench.py --what=throughput    tokens a second of GPT-2; on a GPU --what=train is this
-python bench.py --what=prepare --data_files=corpus.parquet --bpe_file=gpt2.tiktoken --repeats=3
+    python bench.py --what=optimizer     a step with clipping of each optimizer
+    python bench.py --what=host          the host's share of a step on a GPU; needs no GPU
+    python bench.py --what=train         CPU: an iteration of train.py and the parts it has
+    python bench.py --what=throughput    tokens a second of GPT-2; on a GPU --what=train does this
+    python bench.py --what=prepare --data_files=corpus.parquet --bpe_file=gpt2.tiktoken --repeats=3
+
+The contenders take turns in one process. Times are medians of the rounds.
 """
 
 import filecmp
 import gc
+import itertools
 import os
 import resource
 import runpy
@@ -31,10 +34,10 @@ import model
 from configurator import check, configure
 from cpr import AdamCPR, AdamW, AdamWN
 from runtime.device import setup
-from runtime.errors import fail
+from runtime.errors import border, fail
 
 what = 'optimizer'  # 'optimizer', 'host', 'train', 'throughput' or 'prepare'
-repeats = 15  # rounds; each runs every contender once
+repeats = 15  # rounds; each contender runs once in each
 device = 'auto'  # of the tensors
 impl = 'auto'  # of this project's optimizers: 'triton', 'numba', 'torch'; 'auto': each that runs
 sizes = '124M,char'  # whose tensors are updated: of 'char,124M,350M,774M,1.5B' and 'tiny'
@@ -47,16 +50,16 @@ train_arguments = 'config/train_char_cpr.py --max_iters=150 --eval_iters=1 --out
 data_files = ''  # prepare: local files of text, as data/openwebtext/prepare.py takes them
 bpe_file = ''  # prepare: GPT-2's vocabulary, in place of tiktoken's own
 # ----
-configure(globals())
-check(
-    globals(),
-    {
-        'one of optimizer host train throughput prepare': 'what',
-        '>= 1': 'repeats block_size',
-        '>= 0': 'grad_clip grad_norm',
-        'one of auto triton numba torch': 'impl',
-    },
-)
+limits = {
+    'one of optimizer host train throughput prepare': 'what',
+    '>= 1': 'repeats block_size',
+    '>= 0': 'grad_clip grad_norm',
+    'one of auto triton numba torch': 'impl',
+}
+with border():
+    settings, _ = configure(globals())
+    check(settings, limits)
+
 PAIR = 'clip_grad_norm_ + torch.optim.AdamW(fused=True)'
 FOREACH = 'clip_grad_norm_ + torch.optim.AdamW(foreach=True)'
 THEIRS = 'clip_grad_norm_ + pytorch_cpr.AdamCPR'
@@ -69,13 +72,10 @@ SIZES = {
     '774M': dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),
     '1.5B': dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),
 }
-for size in sizes.split(','):
-    if size not in SIZES:
-        fail(f"sizes='{sizes}' names {size}; there are {', '.join(SIZES)}")
 
 
 def milliseconds(step, rt, times=1):
-    """Time of one of `times` calls in a row, with everything done that they started."""
+    """Return the time of one of `times` calls of step() in a row, until the device is done."""
     rt.synchronize()
     start = time.perf_counter()
     for _ in range(times):
@@ -85,61 +85,66 @@ def milliseconds(step, rt, times=1):
 
 
 def copy_bandwidth(rt):
-    """Bytes a second that a copy of 1 GB reads and writes here (fastest of five times ten)."""
+    """Return the bytes a second that a copy of 1 GB reads and writes, the fastest of five."""
     x = torch.empty(1 << 28, device=rt.device)
     y = torch.empty_like(x)
     fastest = min(milliseconds(lambda: y.copy_(x), rt, times=10) for _ in range(5))
     return 2 * x.nbytes / fastest * 1e3
 
 
+def machine(rt):
+    if rt.device_type == 'cuda':
+        return torch.cuda.get_device_name(rt.device)
+    return f'{rt.device}, {torch.get_num_threads()} threads'
+
+
 def contenders(params, impl):
-    """{name: (optimizer, bytes a parameter of a step with clipping or None, whether it clips)}."""
-    common = dict(lr=1e-4, betas=(0.9, 0.95))
-    # kappa so low that every bound is active from the first step on
-    bound = dict(kappa_init_method='uniform', kappa_init_param=1e-6)
-    ours = dict(**common, max_grad_norm=grad_clip, impl=impl)
+    """Return {name: (optimizer, bytes a parameter that a step with clipping moves, clips)}.
+
+    The bytes are None if unknown. clips: the step clips the gradients itself.
+    """
     matrices, vectors = ([p for p in params if (p.dim() >= 2) == wide] for wide in (True, False))
 
     def groups(**of_vectors):
         return [{'params': matrices}, {'params': vectors, **of_vectors}]
 
-    decayed = dict(weight_decay=0.1, **common)
-    torchs = {
-        kind: torch.optim.AdamW(groups(weight_decay=0.0), **{kind: True}, **decayed)
-        for kind in ('fused', 'foreach')
-    }
-    every = {PAIR: (torchs['fused'], 40, False), FOREACH: (torchs['foreach'], None, False)}
-    every['AdamW'] = AdamW(groups(weight_decay=0.0), weight_decay=0.1, **ours), 32, True
+    common = dict(lr=1e-4, betas=(0.9, 0.95))
+    ours = dict(**common, max_grad_norm=grad_clip, impl=impl)
+    # kappa so low that every bound is active from the first step on
+    bound = dict(kappa_init_method='uniform', kappa_init_param=1e-6)
+    found = {}
+    for name, kind, moved in ((PAIR, 'fused', 40), (FOREACH, 'foreach', None)):
+        options = {kind: True, 'weight_decay': 0.1, **common}
+        found[name] = torch.optim.AdamW(groups(weight_decay=0.0), **options), moved, False
+    found['AdamW'] = AdamW(groups(weight_decay=0.0), weight_decay=0.1, **ours), 32, True
     for cls, options in ((AdamCPR, bound), (AdamWN, dict(ratio=2.0))):
         for order, moved in (('before', 32), ('after', 40)):
             optimizer = cls(groups(regularize=False), order=order, **options, **ours)
-            every[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
+            found[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
     try:
         import pytorch_cpr
     except ImportError:
         print('pytorch_cpr is not installed (requirements-dev.txt): left out')
-        return every
+        return found
     theirs = [{'params': matrices, 'regularize': True}, {'params': vectors, 'regularize': False}]
-    every[THEIRS] = pytorch_cpr.AdamCPR(theirs, **common, **bound), None, False
-    return every
+    found[THEIRS] = pytorch_cpr.AdamCPR(theirs, **common, **bound), None, False
+    return found
 
 
 def bench_optimizer():
     rt = setup(device)
     bandwidth = copy_bandwidth(rt)
-    every = (
-        ('triton' if rt.device_type == 'cuda' else 'numba', 'torch') if impl == 'auto' else (impl,)
-    )
-    for name in sizes.split(','):
-        for each in every:
-            optimizer_table(name, each, bandwidth, rt)
+    compiled = 'triton' if rt.device_type == 'cuda' else 'numba'
+    for size in sizes.split(','):
+        for each in (compiled, 'torch') if impl == 'auto' else (impl,):
+            optimizer_table(size, each, bandwidth, rt)
             gc.collect()  # the next one needs the memory
             if rt.device_type == 'cuda':
                 torch.cuda.empty_cache()
 
 
 def optimizer_table(size, impl, bandwidth, rt):
-    """All contenders on the same weights and gradients, in turns; each has its own state."""
+    """Time all contenders on the same weights and gradients; each has its own state."""
     with torch.device(rt.device):
         params = list(model.GPT(model.GPTConfig(**SIZES[size])).parameters())
     for p in params:
@@ -152,7 +157,7 @@ def optimizer_table(size, impl, bandwidth, rt):
     def scale_gradients():
         torch._foreach_mul_(grads, grad_norm / torch.nn.utils.get_total_norm(grads).item())
 
-    for i in range(repeats + 1):
+    for i in range(repeats + 1):  # the first round warms up
         for name, (optimizer, _, clips) in every.items():
 
             def step(optimizer=optimizer, clips=clips):
@@ -169,20 +174,20 @@ def optimizer_table(size, impl, bandwidth, rt):
     medians = {name: statistics.median(ms) for name, ms in times.items()}
     print(
         f'\n{size}: {count / 1e6:.1f}M parameters in {len(params)} tensors, float32, {impl}, '
-        f'{_machine(rt)}; gradient norm {grad_norm:g} clipped to {grad_clip:g}; medians of '
+        f'{machine(rt)}; gradient norm {grad_norm:g} clipped to {grad_clip:g}; medians of '
         f'{repeats} rounds; copy {bandwidth / 1e9:.0f} GB/s\n'
     )
     print(f'{"":52}{"ms":>8}{"fastest":>9}{"ratio":>7}{"bytes":>7}{"of copy":>9}')
     for name, (_, moved, _) in every.items():
-        line = f'{name:52}{medians[name]:8.2f}{min(times[name]):9.2f}'
-        line += f'{medians[name] / medians[PAIR]:7.2f}'
+        ms = medians[name]
+        line = f'{name:52}{ms:8.2f}{min(times[name]):9.2f}{ms / medians[PAIR]:7.2f}'
         if moved:
-            line += f'{moved:7}{moved * count / medians[name] * 1e3 / bandwidth:9.0%}'
+            line += f'{moved:7}{moved * count / ms * 1e3 / bandwidth:9.0%}'
         print(line)
 
 
 class NoGPU:
-    """A driver for Triton with no GPU behind it: compiles for sm_90, launches nothing."""
+    """A driver for Triton without a GPU: compiles for sm_90, launches nothing."""
 
     utils = launcher_cls = property(lambda self: self)
 
@@ -190,7 +195,9 @@ class NoGPU:
         return lambda *launch: None
 
     def get_current_target(self):
-        return triton_target('cuda', 90, 32)
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget('cuda', 90, 32)
 
     def get_current_device(self):
         return 0
@@ -206,16 +213,15 @@ class NoGPU:
 
 
 def bench_host():
-    """The host's time of a step on a GPU: all but the kernels, small operations being the CPU's."""
-    global triton_target
+    """Time all of a step on a GPU but the kernels. The CPU takes the place of the GPU."""
     import triton
-    from triton.backends.compiler import GPUTarget as triton_target
 
     from nanonorm.kernels import gpu
 
     triton.runtime.driver.set_active(NoGPU())
     gpu.INTERPRETED = True  # no GPU is asked for
     torch.set_num_threads(1)
+    rt = setup('cpu')
     print(f"the host's time of a step on a GPU, medians of {10 * repeats} steps, one thread\n")
     for size in sizes.split(','):
         with torch.device('meta'):
@@ -224,61 +230,45 @@ def bench_host():
         for p in params:
             p.grad = torch.empty_like(p)
         for name, (optimizer, _, clips) in contenders(params, 'triton').items():
-            if clips:
-                for p in params:
-                    moments = {'exp_avg': torch.empty_like(p), 'exp_avg_sq': torch.empty_like(p)}
-                    optimizer.state[p] = {'step': torch.zeros(()), **moments}
-                times = [milliseconds(optimizer.step, setup('cpu')) for _ in range(10 * repeats)]
-                print(f'{size:6}{len(params):5} tensors  {name:28}', end='')
-                print(f'{statistics.median(times):7.2f} ms, fastest {min(times):.2f}', flush=True)
+            if not clips:
+                continue
+            for p in params:
+                moments = {'exp_avg': torch.empty_like(p), 'exp_avg_sq': torch.empty_like(p)}
+                optimizer.state[p] = {'step': torch.zeros(()), **moments}
+            times = [milliseconds(optimizer.step, rt) for _ in range(10 * repeats)]
+            print(
+                f'{size:6}{len(params):5} tensors  {name:28}{statistics.median(times):7.2f} ms, '
+                f'fastest {min(times):.2f}',
+                flush=True,
+            )
 
 
 def bench_throughput():
-    """Tokens a second of whole iterations, and the step's share; one loop for every optimizer.
+    """Time whole iterations of GPT-2, the same loop for each optimizer.
 
-    hours: what 100k iterations of config/train_gpt2_*.py, of 491,520 tokens, would take.
+    hours: of 100k iterations of config/train_gpt2_*.py, which have 491,520 tokens each.
     """
     rt = setup(device, seed=1337)
     size = sizes.split(',')[0]
-    shape = dict(SIZES[size], block_size=block_size, bias=False)
-    config = model.GPTConfig(**shape)
+    config = model.GPTConfig(**{**SIZES[size], 'block_size': block_size, 'bias': False})
     print(
-        f'GPT-2 {size}, block {block_size}, {rt.dtype}, {_machine(rt)}, torch {torch.__version__}; '
+        f'GPT-2 {size}, block {block_size}, {rt.dtype}, {machine(rt)}, torch {torch.__version__}; '
         f'medians of {repeats} iterations\n\n{"":52}{"batch":>6}{"tokens/s":>10}{"hours":>9}'
         f'{"mfu":>7}{"GB":>7}{"forward":>9}{"backward":>10}{"step":>7}'
     )
     for batch in map(int, batches.split(',')):
         gpt = model.GPT(config).to(rt.device)
         run = torch.compile(gpt) if rt.device_type == 'cuda' else gpt
-        x, y = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device).unbind()
+        tokens = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device)
         params = list(gpt.parameters())
         for name in (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'"):
             optimizer, _, clips = contenders(params, impl)[name]
-            parts = [[], [], []]
             if rt.device_type == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
-            for i in range(repeats + 3):
-                marks = [_now(rt)]
-                with rt.autocast():
-                    _, loss = run(x, y)
-                marks.append(_now(rt))
-                loss.backward()
-                marks.append(_now(rt))
-                if not clips:
-                    torch.nn.utils.clip_grad_norm_(params, grad_clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                marks.append(_now(rt))
-                rt.synchronize()
-                if i >= 3:
-                    for part, start, end in zip(parts, marks, marks[1:], strict=False):
-                        part.append(
-                            start.elapsed_time(end)
-                            if rt.device_type == 'cuda'
-                            else (end - start) * 1e3
-                        )
-            forward, backward, step = map(statistics.median, parts)
-            ms = statistics.median(map(sum, zip(*parts, strict=True)))
+            clip = None if clips else params
+            times = [iteration(run, tokens, optimizer, clip, rt) for _ in range(repeats + 3)][3:]
+            forward, backward, step = map(statistics.median, zip(*times, strict=True))
+            ms = statistics.median(map(sum, times))
             mfu = peak = '-'
             if rt.peak_flops:
                 mfu = f'{gpt.estimate_mfu(batch, ms / 1e3, rt.peak_flops):.1%}'
@@ -293,7 +283,28 @@ def bench_throughput():
             del optimizer  # and with it its moments
 
 
-def _now(rt):
+def iteration(run, tokens, optimizer, clip, rt):
+    """Return the milliseconds of forward, backward and step.
+
+    clip: the parameters whose gradients are clipped before the step, or None.
+    """
+    x, y = tokens
+    marks = [now(rt)]
+    with rt.autocast():
+        _, loss = run(x, y)
+    marks.append(now(rt))
+    loss.backward()
+    marks.append(now(rt))
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(clip, grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    marks.append(now(rt))
+    rt.synchronize()
+    return [milliseconds_between(*pair) for pair in itertools.pairwise(marks)]
+
+
+def now(rt):
     if rt.device_type != 'cuda':
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -301,69 +312,70 @@ def _now(rt):
     return event
 
 
-def bench_train():
-    """On a GPU the throughput; on the CPU what train.py's loop adds to forward, backward, step."""
-    if setup(device).device_type == 'cuda':
-        bench_throughput()
-    else:
-        bench_loop()
+def milliseconds_between(start, end):
+    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
 
 
-def bench_loop():
-    """Runs train.py as it is, with a clock at the edges of its forward, backward and step."""
-    parts, iterations, last_end = [0.0], [], [None]
-    forward, backward = model.GPT.forward, torch.Tensor.backward
+class Clock:
+    """Time the iterations of train.py, and how much of each is forward, backward and step."""
 
-    def timed(function):
+    def __init__(self):
+        self.inside, self.last_end, self.iterations = 0.0, None, []
+
+    def timed(self, function):
         def wrapper(*args, **kwargs):
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            parts[0] += time.perf_counter() - start
+            self.inside += time.perf_counter() - start
             return result
 
         return wrapper
 
-    def step_starts(*_):
-        parts[0] -= time.perf_counter()
+    def step_starts(self, *_):
+        self.inside -= time.perf_counter()
 
-    def step_ends(*_):
-        now = time.perf_counter()
-        parts[0] += now
-        if last_end[0] is not None:
-            iterations.append((now - last_end[0], parts[0]))
-        last_end[0], parts[0] = now, 0.0
+    def step_ends(self, *_):
+        end = time.perf_counter()
+        if self.last_end is not None:
+            self.iterations.append((end - self.last_end, self.inside + end))
+        self.last_end, self.inside = end, 0.0
 
-    handles = [
-        register_optimizer_step_pre_hook(step_starts),
-        register_optimizer_step_post_hook(step_ends),
+
+def bench_train():
+    """On a CPU time what train.py adds to forward, backward and step, on a GPU the throughput."""
+    if setup(device).device_type == 'cuda':
+        return bench_throughput()
+    clock = Clock()
+    forward, backward = model.GPT.forward, torch.Tensor.backward
+    hooks = [
+        register_optimizer_step_pre_hook(clock.step_starts),
+        register_optimizer_step_post_hook(clock.step_ends),
     ]
-    model.GPT.forward, torch.Tensor.backward = timed(forward), timed(backward)
+    model.GPT.forward, torch.Tensor.backward = clock.timed(forward), clock.timed(backward)
     sys.argv = ['train.py', *train_arguments.split()]
     try:
-        names = runpy.run_path('train.py', run_name='__main__')
+        runpy.run_path('train.py', run_name='__main__')
     finally:
         model.GPT.forward, torch.Tensor.backward = forward, backward
-        for handle in handles:
-            handle.remove()
-    if len(iterations) < 20:
-        fail(f'{len(iterations)} iterations are too few; raise --max_iters in train_arguments')
-    iterations = iterations[10:]  # the first ones warm up
-    whole, inside = (statistics.median(x) * 1e3 for x in zip(*iterations, strict=True))
-    ratio = statistics.median(whole / inside for whole, inside in iterations)
+        for hook in hooks:
+            hook.remove()
+    iterations = clock.iterations[10:]  # the first ones warm up
+    if len(iterations) < 10:
+        fail('too few iterations to measure; raise --max_iters in train_arguments')
+    total, inside = (statistics.median(times) * 1e3 for times in zip(*iterations, strict=True))
+    ratio = statistics.median(total / inside for total, inside in iterations)
     print(
-        f'\n{train_arguments}\n{_machine(names["rt"])}, median of {len(iterations)} iterations: '
-        f'{whole:.2f} ms an iteration, {inside:.2f} ms in forward, backward and step; '
+        f'\n{train_arguments}\n{machine(setup(device))}, median of {len(iterations)} iterations: '
+        f'{total:.2f} ms an iteration, {inside:.2f} ms in forward, backward and step; '
         f'iteration / parts: {ratio:.4f}'
     )
 
 
 def bench_prepare():
-    """From loaded text to files, beside nanoGPT's recipe; the script's memory; and a batch."""
+    """Time prepare.py and nanoGPT's recipe from loaded text to files, and prepare.py's memory."""
     if not data_files:
         fail('--what=prepare needs --data_files=PATTERN: files with a column or lines of text')
     import datasets
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
 
     from data.openwebtext.prepare import load, prepare
     from data.tokenizers import GPT2Tokenizer
@@ -371,7 +383,60 @@ def bench_prepare():
     from data.writer import cores
 
     gpt2 = GPT2Tokenizer(bpe_file or None)
-    theirs = tiktoken.Encoding(
+    datasets.disable_progress_bars()
+    times, same = {'nanoGPT': [], 'ours': []}, True
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        theirs, ours = folder / 'nanoGPT', folder / 'ours'
+        theirs.mkdir()
+        ours.mkdir()
+        for i in range(repeats):
+            # a cache for each round, or map() would find the last one's results
+            texts = load(folder / f'cache{i}', data_files)
+            rows = datasets.concatenate_datasets(
+                [datasets.Dataset.from_file(path) for path in texts.files]
+            )
+            times['nanoGPT'].append(wall_and_processor_time(nanogpt_recipe, theirs, rows, gpt2))
+            times['ours'].append(wall_and_processor_time(prepare, ours, texts, gpt2, {}))
+            for name in ('train.bin', 'val.bin'):
+                same = same and filecmp.cmp(theirs / name, ours / name, shallow=False)
+            shutil.rmtree(folder / f'cache{i}')
+
+        tokens = TokenData(ours).meta['train_tokens']
+        print(
+            f'{len(texts):,} documents, {tokens / 1e6:.1f} M tokens, {cores()} cores; '
+            f'medians of {repeats}'
+        )
+        medians = []
+        for name, pairs in times.items():
+            seconds, used = (statistics.median(column) for column in zip(*pairs, strict=True))
+            medians.append((seconds, used))
+            print(
+                f'{name:8}{seconds:8.2f} s{len(texts) / seconds:10,.0f} documents/s'
+                f'{tokens / seconds / 1e6:8.2f} M tokens/s{used:8.2f} s of processor time'
+            )
+        ratio, of_used = (theirs / ours for theirs, ours in zip(*medians, strict=True))
+        print(
+            f'ratio {ratio:.2f}, of processor time {of_used:.2f}; '
+            f'files byte for byte the same: {"yes" if same else "NO"}'
+        )
+        print_peak_memory(folder / 'out')
+        data, rt = TokenData(ours, 1024), setup('cpu')
+        numbers = itertools.count()
+        ms = [
+            milliseconds(lambda: data.batch('train', 1, next(numbers), 12), rt) for _ in range(200)
+        ]
+        print(f'gathering a batch of 12 x 1024 tokens: {statistics.median(ms):.3f} ms')
+
+
+def nanogpt_recipe(folder, rows, gpt2):
+    """Write train.bin and val.bin as nanoGPT's data/openwebtext/prepare.py does."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    from data.writer import cores
+
+    encoding = tiktoken.Encoding(
         'gpt2',
         pat_str=r50k_pat_str,
         mergeable_ranks=gpt2.encoding._mergeable_ranks,
@@ -379,109 +444,59 @@ def bench_prepare():
     )  # tiktoken.get_encoding('gpt2')
 
     def encode(row):
-        ids = [*theirs.encode_ordinary(row['text']), gpt2.end]
+        ids = [*encoding.encode_ordinary(row['text']), gpt2.end]
         return {'ids': ids, 'len': len(ids)}
 
-    def nanogpt(folder, rows):
-        split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-        split['val'] = split.pop('test')
-        for name, part in split.map(encode, remove_columns=['text'], num_proc=cores()).items():
-            ids = np.memmap(
-                folder / f'{name}.bin', np.uint16, 'w+', shape=(int(np.sum(part['len'])),)
-            )
-            shards, end = min(1024, len(part)), 0
-            for i in range(shards):
-                shard = np.concatenate(
-                    part.shard(shards, i, contiguous=True).with_format('numpy')['ids']
-                )
-                ids[end : end + len(shard)] = shard
-                end += len(shard)
-            ids.flush()
-
-    datasets.disable_progress_bars()
-    times, same = {'nanoGPT': [], 'ours': []}, True
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for i in range(repeats):
-            texts = load(
-                folder / f'cache{i}', data_files
-            )  # each round its own, or map() finds the last one's results
-            rows = datasets.concatenate_datasets(
-                [datasets.Dataset.from_file(path) for path in texts.files]
-            )
-            for name, work in (
-                ('nanoGPT', lambda out, rows=rows: nanogpt(out, rows)),
-                ('ours', lambda out, texts=texts: prepare(out, texts, gpt2, {})),
-            ):
-                (folder / name).mkdir(exist_ok=True)
-                start, used = time.perf_counter(), _processor_time()
-                work(folder / name)
-                os.sync()  # what it left to be written is its own, not the next one's
-                times[name].append((time.perf_counter() - start, _processor_time() - used))
-            same &= all(
-                filecmp.cmp(
-                    folder / 'nanoGPT' / f'{s}.bin', folder / 'ours' / f'{s}.bin', shallow=False
-                )
-                for s in ('train', 'val')
-            )
-            shutil.rmtree(folder / f'cache{i}')
-        medians = {
-            name: [statistics.median(t) for t in zip(*both, strict=True)]
-            for name, both in times.items()
-        }
-        tokens = TokenData(folder / 'ours').meta['train_tokens']
-        print(
-            f'{len(texts):,} documents, {tokens / 1e6:.1f} M tokens, {cores()} cores; '
-            f'medians of {repeats}'
-        )
-        for name, (seconds, used) in medians.items():
-            print(
-                f'{name:8}{seconds:8.2f} s{len(texts) / seconds:10,.0f} documents/s'
-                f'{tokens / seconds / 1e6:8.2f} M tokens/s{used:8.2f} s of processor time'
-            )
-        ratio, of_used = (theirs / ours for theirs, ours in zip(*medians.values(), strict=True))
-        print(
-            f'ratio {ratio:.2f}, of processor time {of_used:.2f}; '
-            f'files byte for byte the same: {"yes" if same else "NO"}'
-        )
-
-        # a process begins with the peak of its parent, so a small one stands between
-        between = (
-            'import os, sys; pid = os.posix_spawn(sys.executable, sys.argv[1:], os.environ); '
-            '_, status, usage = os.wait4(pid, 0); '
-            'print("the whole script: peak memory", usage.ru_maxrss >> 10, "MB"); sys.exit(status)'
-        )
-        script = [
-            'data/openwebtext/prepare.py',
-            f'--data_files={data_files}',
-            f'--out_dir={folder / "out"}',
-        ]
-        script += [f'--bpe_file={bpe_file}'] if bpe_file else []
-        subprocess.run([sys.executable, '-c', between, sys.executable, *script], check=True)
-        data, batches = TokenData(folder / 'ours', 1024), []
-        for i in range(200):
-            start = time.perf_counter()
-            data.batch('train', 1, i, 12)
-            batches.append(time.perf_counter() - start)
-        print(f'gathering a batch of 12 x 1024 tokens: {statistics.median(batches) * 1e3:.3f} ms')
+    split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    split['val'] = split.pop('test')
+    for name, part in split.map(encode, remove_columns=['text'], num_proc=cores()).items():
+        length = int(np.sum(part['len']))
+        ids = np.memmap(folder / f'{name}.bin', np.uint16, 'w+', shape=(length,))
+        shards, end = min(1024, len(part)), 0
+        for i in range(shards):
+            shard = part.shard(shards, i, contiguous=True).with_format('numpy')
+            shard = np.concatenate(shard['ids'])
+            ids[end : end + len(shard)] = shard
+            end += len(shard)
+        ids.flush()
 
 
-def _processor_time():
-    """Seconds of processor time of this process and its ended children, finer than os.times()."""
+def wall_and_processor_time(work, *arguments):
+    """Return the seconds that work(*arguments) takes, until what it wrote is on the disk."""
+    start, used = time.perf_counter(), processor_time()
+    work(*arguments)
+    os.sync()
+    return time.perf_counter() - start, processor_time() - used
+
+
+def processor_time():
+    """Return the seconds of this process and its ended children, finer than os.times()."""
     usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _machine(rt):
-    if rt.device_type == 'cuda':
-        return torch.cuda.get_device_name(rt.device)
-    return f'{rt.device}, {torch.get_num_threads()} threads'
+def print_peak_memory(out_dir):
+    """Run prepare.py as a process and print the most memory that it takes."""
+    # a process begins with the peak of its parent, so a small one stands between
+    between = (
+        'import os, sys; pid = os.posix_spawn(sys.executable, sys.argv[1:], os.environ); '
+        '_, status, usage = os.wait4(pid, 0); '
+        'print("the whole script: peak memory", usage.ru_maxrss >> 10, "MB"); sys.exit(status)'
+    )
+    script = ['data/openwebtext/prepare.py', f'--data_files={data_files}', f'--out_dir={out_dir}']
+    script += [f'--bpe_file={bpe_file}'] if bpe_file else []
+    subprocess.run([sys.executable, '-c', between, sys.executable, *script], check=True)
 
 
-{
+benchmarks = {
     'optimizer': bench_optimizer,
     'host': bench_host,
     'train': bench_train,
     'throughput': bench_throughput,
     'prepare': bench_prepare,
-}[what]()
+}
+with border():
+    for size in sizes.split(','):
+        if size not in SIZES:
+            fail(f"sizes='{sizes}' names {size}; there are {', '.join(SIZES)}")
+    benchmarks[what]()

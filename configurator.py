@@ -139,7 +139,10 @@ def adopt(settings, given, theirs, source):
 
 
 def _help(script, settings):
-    """Return the help text: each setting, its default and comment, under the source's headings."""
+    """Return the help text: what the script does, then each setting, its default and comment.
+
+    The settings stand under the source's headings.
+    """
     with open(script, encoding='utf-8') as f:
         source = f.read()
     comments = {
@@ -148,9 +151,12 @@ def _help(script, settings):
         if t.type == tokenize.COMMENT
     }
     name = os.path.basename(script)
-    lines = [f'usage: python {name} [CONFIG_FILE | --key=value] ...   the later one wins', '']
+    tree = ast.parse(source)
+    summary = (ast.get_docstring(tree) or name).split('\n')[0]
+    usage = f'usage: python {name} [CONFIG_FILE | --key=value] ...   the later one wins'
+    lines = [summary, '', usage, '']
     shown = set()
-    for node in ast.parse(source).body:
+    for node in tree.body:
         assigned = [t.id for t in getattr(node, 'targets', []) if isinstance(t, ast.Name)]
         names = [name for name in assigned if name in settings]
         if not names or names[0] in shown:

@@ -1,17 +1,23 @@
-"""Export a model that nanoNorm trained as a folder for Hugging Face transformers.
+"""Convert a checkpoint of nanoNorm: for Hugging Face transformers, to one file, or to a folder.
 
-    python export.py out-gpt2-cpr hf-gpt2-cpr
+    python export.py out-gpt2-cpr hf-gpt2-cpr                    a model for transformers
+    python export.py out/ckpt-000100 ckpt.pt --to=file           one file, as nanoGPT has it
+    python export.py out/ckpt.pt out/ckpt-000100 --to=folder     a sharded folder
+
+OUT_DIR is the out_dir of a run, whose newest checkpoint is taken, or the path of a checkpoint:
+a file, or a folder that a run with sharded_checkpoint=True wrote. TARGET must not exist.
+
+--to=hf writes a folder with the config, the weights in safetensors, and the tokenizer:
 
     from transformers import pipeline
     print(pipeline('text-generation', 'hf-gpt2-cpr')('Once'))
 
-OUT_DIR is the out_dir of a run or the path of a checkpoint. The folder HF_DIR holds the config, the
-weights in safetensors, and the tokenizer. GPT2LMHeadModel.from_pretrained reads it, and train.py
-and sample.py take it as --init_from. Biases that the model lacks are exported as zeros.
+GPT2LMHeadModel.from_pretrained reads it, and so do train.py and sample.py by --init_from. Biases
+that the model lacks are exported as zeros. --to=file and --to=folder keep everything that a run
+needs to resume.
 """
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -84,29 +90,54 @@ def tokenizer_for_transformers(tokens, block_size):
     )
 
 
+def write_hf(target, model, tokens):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # an error must have a line of its own
+    with replacing(target) as folder:
+        model_of(model, tokens.end).save_pretrained(folder)
+        tokenizer_for_transformers(tokens, model.config.block_size).save_pretrained(folder)
+
+
+def size(path):
+    """Return the bytes of a file, or of the files in a folder."""
+    files = os.scandir(path) if os.path.isdir(path) else [path]
+    return sum(os.path.getsize(file) for file in files)
+
+
 def main():
     arguments = Arguments(__doc__)
-    arguments.add_argument('out_dir', metavar='OUT_DIR')
-    arguments.add_argument('hf_dir', metavar='HF_DIR', type=Path, help='must not exist yet')
+    arguments.add_argument('out_dir', metavar='OUT_DIR', help="a run's folder, or a checkpoint")
+    arguments.add_argument('target', metavar='TARGET', help='must not exist yet')
+    text = 'what to write; default: hf, for transformers'
+    arguments.add_argument('--to', choices=('hf', 'file', 'folder'), default='hf', help=text)
     add_bpe_file(arguments)
     args = arguments.parse_args()
-    for folder in (args.hf_dir, Path(f'{args.hf_dir}.tmp')):
-        if folder.exists():
-            fail(f'{folder} is there already; name another folder, or remove it')
-    path = args.out_dir
-    if not checkpoint.is_at(path):
-        path = os.path.join(args.out_dir, 'ckpt.pt')
-    gpt, saved = checkpoint.load_model(path)
-    tokens = tokenizer_of(path, saved, args.bpe_file)
+    target = os.path.normpath(args.target)
+    for path in (target, f'{target}.tmp'):
+        if os.path.lexists(path):
+            fail(f'{path} is there already; choose another TARGET, or remove it')
+    source = args.out_dir
+    if not checkpoint.is_at(source):
+        newest_file = os.path.join(source, 'ckpt.pt')
+        source = next(iter(checkpoint.all_of(newest_file)), newest_file)
     try:
-        with replacing(args.hf_dir) as temporary:
-            model_of(gpt, tokens.end).save_pretrained(temporary)
-            tokenizer_for_transformers(tokens, gpt.config.block_size).save_pretrained(temporary)
+        model, saved = checkpoint.load_model(source)
+        if args.to == 'hf':
+            write_hf(target, model, tokenizer_of(source, saved, args.bpe_file))
+        elif args.to == 'file':
+            checkpoint.save(target, {**saved, 'model': model.state_dict()})
+        else:
+            checkpoint.save_folder(target, saved, model)
     except ImportError as e:
         fail(f'{e.name} is not installed; run: pip install transformers')
-    except Exception as e:  # disk errors: safetensors raises its own types
-        fail(f'cannot write {args.hf_dir} ({e}); make room, or choose another folder')
-    print(f'{args.hf_dir}: {sum(f.stat().st_size for f in args.hf_dir.iterdir()) / 1e6:.1f} MB')
+    except Exception as e:  # safetensors and distributed.checkpoint raise types of their own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        fail(
+            f'cannot convert {source} to {target} ({reason}); check that {source} is a checkpoint '
+            f'and that there is room for {target}'
+        )
+    print(f'{target}: {size(target) / 1e6:.1f} MB')
 
 
 if __name__ == '__main__':

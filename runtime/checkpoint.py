@@ -346,20 +346,22 @@ def model_of(saved, **args):
 
 
 def load_model(path):
-    """Return the GPT of the checkpoint at `path`, and the dict that load() returns.
+    """Return the GPT of the checkpoint at `path`, and the dict of all that ckpt.pt holds but it.
 
-    Fails if the checkpoint is a folder, cannot be read, or does not fit a GPT.
+    Fails if the checkpoint cannot be read or does not fit a GPT.
     """
     saved = load(path)
-    if 'model' not in saved:
-        fail(f'{path} is a folder; convert it: python export.py {path} ckpt.pt --to=file')
-    return model_of(saved), saved
+    model = model_of(saved)
+    read_shards(saved, path, model, no_dist=True)
+    saved.pop('model', None)
+    return model, saved
 
 
-def read_shards(saved, path, model):
+def read_shards(saved, path, model, no_dist=False):
     """Read of a folder what load() has left out, this rank's shards: into `model` and `saved`."""
     if 'model' not in saved:
-        saved['optimizer'] = {'state': sharded_checkpoint.read(path, model)}
+        state = sharded_checkpoint.read(path, model, no_dist)
+        saved['optimizer'] = {'state': state, 'param_groups': saved.pop('param_groups')}
 
 
 def restore(saved, settings, opt, scaler):
@@ -397,24 +399,11 @@ def restore(saved, settings, opt, scaler):
         scaler.load_state_dict(saved['scaler'])
 
 
-def convert(source, target):
-    """Convert a folder to a file like ckpt.pt, or such a file to a folder.
-
-    Raises OSError if the target cannot be written, KeyError or ValueError if the source lacks an
-    optimizer's state.
-    """
-    saved = load(source)
-    model = model_of(saved)
-    with replacing(target) as temporary:
-        if os.path.isdir(source):
-            state = sharded_checkpoint.read(source, model, no_dist=True)
-            saved['model'] = model.state_dict()  # includes the tied lm_head.weight
-            saved['optimizer'] = {'state': state, 'param_groups': saved.pop('param_groups')}
-            torch.save(saved, temporary)
-        else:
-            del saved['model']
-            optimizer = saved.pop('optimizer')
-            run = {**saved, 'param_groups': optimizer['param_groups']}
-            os.makedirs(temporary)
-            torch.save(run, os.path.join(temporary, sharded_checkpoint.RUN))
-            sharded_checkpoint.save(temporary, model, optimizer['state'])
+def save_folder(path, saved, model):
+    """Write what load_model() returned as a folder. Raises OSError if it cannot be written."""
+    run = {key: x for key, x in saved.items() if key != 'optimizer'}
+    run['param_groups'] = saved['optimizer']['param_groups']
+    with replacing(path) as temporary:
+        os.makedirs(temporary)
+        save(os.path.join(temporary, sharded_checkpoint.RUN), run)
+        sharded_checkpoint.save(temporary, model, saved['optimizer']['state'])

@@ -1,7 +1,9 @@
 """Test compare.py: its report against logs written by hand, and tiny runs of its own."""
 
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT, TINY
 from matplotlib.figure import Figure
 from test_plot import write_log
@@ -17,6 +20,7 @@ from test_plot import write_log
 import compare
 from cpr import AdamCPR
 from runtime import log as runlog
+from runtime import report
 
 ADAMW, WN = 'config/train_char_adamw.py', 'config/train_char_wn.py'
 SMALL = [word for word in TINY if not word.startswith('--eval_iters')] + ['--log_interval=2']
@@ -61,7 +65,7 @@ def finished(tmp_path):
     """Return finished(name, val_losses of a seed, ...), which makes a Config with these logs."""
 
     def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None):
-        config = compare.Config([f'config/{name}.py'], name)
+        config = report.Config([f'config/{name}.py'], name)
         speed = {'ms': ms, 'tokens_per_s': 2e4 / ms, 'mfu': mfu}
         for seed, losses in enumerate(val_losses, 1):
             settings = {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100}
@@ -73,8 +77,8 @@ def finished(tmp_path):
             entries.append({'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}})
             entries.append({'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}})
             out_dir = write_log(tmp_path / name / str(seed), entries)
-            run = compare.Run(seed, out_dir, [f'config/{name}.py'], runlog.read(out_dir))
-            run.result = compare.result_of(run, config)
+            run = report.Run(seed, out_dir, [f'config/{name}.py'], entries=runlog.read(out_dir))
+            run.result = report.result_of(run, config)
             config.runs.append(run)
         return config
 
@@ -88,7 +92,7 @@ def test_the_report_says_what_the_logs_say(finished):
     second = finished(
         'second', [4.0, 1.1, 0.9, 0.9], [4.0, 1.5, 1.3, 1.2], [4.0, 2.0, 2.0, 1.9], ms=20.0, mfu=0.3
     )
-    rows = compare.table([first, second])
+    rows = report.table([first, second])
     # differences -0.2, -0.1, 0.4: deviation 0.3215, over sqrt(3)
     assert rows[0][2:] == ['1.3000 ± 0.2000', '1.1667 ± 0.1528', '', '200', '3.00', '10.0', '2,000']
     assert rows[1][2:] == [
@@ -119,21 +123,24 @@ def test_a_star_marks_a_paired_t_test_below_5_percent(finished, differences, p):
     second = finished(
         'second', *([start + d] for start, d in zip(starts, differences, strict=True))
     )
-    assert compare.difference(second, first)[2] == (p is not None and p < 0.05)
+    row = report.table([first, second])[1]
+    assert row[4].endswith(' *') == (p is not None and p < 0.05)
+    mean, _, half = report.difference(second, first)
+    assert not p or (abs(mean) > half) == (p < 0.05)  # the interval leaves out 0
 
 
 def test_a_run_that_blew_up_is_reported_as_such(finished):
     first = finished('first', [4.0, 2.0], [4.0, 2.1])
     second = finished('second', [4.0, None], [4.0, 2.0])
-    row = compare.table([first, second])[1]
+    row = report.table([first, second])[1]
     assert row[2:5] == ['inf', '3.0000 ± 1.4142', '+inf']
-    assert 'inf' in compare.report([first, second], 'results/x', [], {}, {})
+    assert 'inf' in report.text([first, second], 'results/x', [], {}, {})
 
 
 def test_of_two_that_blew_up_none_is_lower(finished):
     first = finished('first', [4.0, None], [4.0, None], [4.0, 2.0])
     second = finished('second', [4.0, None], [4.0, 2.0], [4.0, None])
-    assert compare.table([first, second])[1][4] == '+nan'
+    assert report.table([first, second])[1][4] == '+nan'
 
 
 def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
@@ -142,7 +149,7 @@ def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
         finished('b', [0.9]),
         finished('c', [0.8], optimizer='adamcpr'),
     ]
-    text = compare.report(configs, 'results/x', [], {}, {})
+    text = report.text(configs, 'results/x', [], {}, {})
     assert 'AdamW 2, AdamCPR 1' in text and 'AdamW 0.9000; AdamCPR 0.8000' in text
 
 
@@ -155,9 +162,10 @@ def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(
     ]
     shown = []
     monkeypatch.setattr(
-        'plot.loss_figure', lambda runs: shown.extend(run.name for run in runs) or Figure()
+        'runtime.figures.loss_figure',
+        lambda runs: shown.extend(run.name for run in runs) or Figure(),
     )
-    captions = compare.draw(configs, tmp_path)
+    captions = report.draw(configs, tmp_path)
     assert shown == ['adamw weight_decay=0', 'adamw weight_decay=3', 'cpr kappa_init_param=0']
     assert all((tmp_path / name).exists() for name in captions)
 
@@ -170,7 +178,7 @@ def test_pictures_call_the_configs_by_what_tells_them_apart():
         ),
         (['train_char_wn', 'train_char_wn k=1'], ['wn', 'wn k=1']),
     ):
-        assert compare.labels([compare.Config([], name) for name in names]) == labels
+        assert report.labels([report.Config([], name) for name in names]) == labels
 
 
 def test_every_number_is_that_of_a_train_py_run(recipe, script, tmp_path):
@@ -335,6 +343,63 @@ def test_a_run_whose_log_was_lost_after_its_end_says_how_to_go_on(recipe, kept):
     assert f'{out}/runs/train_char_adamw/seed2' in err and 'Delete that folder' in err
 
 
+def test_the_halves_of_val_bin_make_up_the_final_loss(kept, dataset, monkeypatch):
+    out, call = kept
+    status, _, err = call('--halves')
+    assert status == 0, err
+    targets = (dataset / 'val.bin').stat().st_size // 2 - 1
+    first = targets // 16 // 2 * 16  # whole blocks
+    lines = [json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines()]
+    for line in lines:
+        nats = first * line['val_loss_choose'] + (targets - first) * line['val_loss_report']
+        assert nats / targets == pytest.approx(line['final_val_loss'], abs=1e-6)
+        assert line['val_loss_choose'] != line['val_loss_report']
+    text = (out / 'report.md').read_text()
+    mean = (lines[0]['val_loss_report'] + lines[1]['val_loss_report']) / 2
+    assert 'Chosen on one half' in text and f'| {mean:.4f} ± ' in text
+
+    evaluate = compare.evaluate_halves
+    monkeypatch.setattr(compare, 'evaluate_halves', None)  # they are kept
+    assert call('--halves')[0] == 0 and (out / 'report.md').read_text() == text
+    assert call()[0] == 0 and 'Chosen' not in (out / 'report.md').read_text()
+    monkeypatch.setattr(compare, 'evaluate_halves', evaluate)
+    for damaged in ('', '[]', 'null', '{"iter": 8}', '{"iter": 4}'):
+        (out / 'runs' / 'train_char_adamw' / 'seed1' / 'halves.json').write_text(damaged)
+        assert call('--halves')[0] == 0 and (out / 'report.md').read_text() == text
+
+
+def test_halves_need_the_checkpoint_of_the_last_iteration(kept):
+    out, call = kept
+    path = out / 'runs' / 'train_char_adamw' / 'seed2' / 'ckpt.pt'
+    torch.save({**torch.load(path), 'iter_num': 4}, path)
+    status, _, err = call('--halves')
+    assert status == 2 and f'{path} is of iteration 4' in err and err.count('\n') == 1
+    path.unlink()
+    status, _, err = call('--halves')
+    assert status == 2 and f'{path}, which is not there' in err and f'delete {path.parent}' in err
+
+
+def test_configs_are_chosen_on_one_half_and_compared_on_the_other(finished):
+    losses = {  # of each seed, on the first half and on the second
+        'adamw wd=0': ([1.0, 1.2, 1.1], [2.0, 2.1, 2.2]),
+        'adamw wd=1': ([0.9, 1.1, 1.0], [2.3, 2.4, 2.2]),
+        'cpr': ([0.5, 0.6, 0.7], [1.9, 2.2, 2.3]),
+    }
+    configs = []
+    for name, (choose, second) in losses.items():
+        configs.append(finished(name, [1.0], [1.0], [1.0]))
+        for run, first_half, second_half in zip(configs[-1].runs, choose, second, strict=True):
+            run.result.update(val_loss_choose=first_half, val_loss_report=second_half)
+    rows = [line for line in report.halves_section(configs) if line.startswith('| ')][1:]
+    assert rows[:3] == [
+        '| 3 | `cpr` | 0.6000 ± 0.1000 | 2.1333 ± 0.2082 | +0.0333 [-0.2535, +0.3202] |',
+        '| 2 | `adamw wd=1` | 1.0000 ± 0.1000 | 2.3000 ± 0.1000 | +0.2000 [-0.2303, +0.6303] |',
+        '| 1 | `adamw wd=0` | 1.1000 ± 0.1000 | 2.1000 ± 0.1000 |  |',
+    ]
+    # the chosen of each file: -0.4, -0.2, 0.1, whose deviation is 0.2517
+    assert rows[4] == '| `cpr` | `adamw wd=1` | -0.1667 [-0.7919, +0.4585] |'
+
+
 @pytest.mark.parametrize(
     'config, says',
     [
@@ -356,6 +421,30 @@ def test_a_mistake_in_a_setting_is_found_before_any_run_starts(
     assert err.startswith('error: ') and err.count('\n') == 1 and says in err
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class FailedJob(compare.Job):
+    def __init__(self, run, gpu, threads):
+        self.run, self.latest = run, 'iter 7'
+        self.errors = io.StringIO('a warning\nerror: the disk is full\n')
+        self.process = subprocess.Popen(['false'])
+
+
+def test_the_error_of_a_run_stands_below_the_progress_bar_on_its_own_line(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    monkeypatch.setattr(compare, 'Job', FailedJob)
+    with pytest.raises(SystemExit, match='2'):
+        compare.make([report.Run(1, 'runs/a/seed1', ['config/a.py'])], 1, None)
+    lines = re.split('[\r\n]', terminal.getvalue())
+    assert any('0/1' in line and 'a: iter 7' in line for line in lines)
+    command = 'python train.py config/a.py'
+    assert f'error: the disk is full (status 1 of: {command})' in lines
+
+
 def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
     out, call = kept
     shutil.rmtree(out / 'runs')
@@ -366,7 +455,7 @@ def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
         raise SystemExit(3)
 
     monkeypatch.setattr(compare, 'make', make)
-    assert call('--jobs=1000000000')[0] == 3 and asked == [2]
+    assert call('--jobs=8')[0] == 3 and asked == [2]
 
 
 @pytest.mark.parametrize(
@@ -381,6 +470,8 @@ def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
         ([ADAMW, '--out=x', '--seeds='], 'different whole numbers'),
         ([ADAMW, '--out=x', '--seeds=one'], '--seeds=one'),
         ([ADAMW, '--out=x', '--jobs=-1'], '--jobs=-1'),
+        ([ADAMW, '--out=x', '--jobs=0'], '--jobs=0'),
+        ([ADAMW, '--out=x', '--jobs=1000000000'], '--jobs=1000000000'),
         ([ADAMW], '--out'),
         (['--out=x'], 'CONFIG'),
         (['--out=x', f'{WN} --wn_from={{1}}'], '{1}'),

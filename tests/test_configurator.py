@@ -147,6 +147,12 @@ def test_help_of_each_script_lists_all_its_settings(script):
         assert all(f'--{key}=' in outcome.out for key in names)
 
 
+@pytest.mark.parametrize('name', ['bench.py', 'compare.py', 'export.py', 'plot.py', 'sample.py'])
+def test_help_of_each_script_says_what_program_it_belongs_to(script, name):
+    outcome = script(name, '--help')
+    assert outcome.status == 0 and 'nanoNorm' in outcome.out and 'usage: ' in outcome.out
+
+
 @pytest.mark.parametrize(
     'key, value, limit',
     [

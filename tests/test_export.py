@@ -1,9 +1,13 @@
 """export.py: what transformers opens is the model that was trained, and comes back as it went."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, TINY
 
 from data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer
 from data.writer import write_dataset
@@ -119,6 +123,81 @@ def test_an_exported_folder_is_trained_on_and_sampled(script, tmp_path, gpt2_set
     assert (outcome.status, outcome.err) == (0, '')  # the vocabulary lies beside the data set
 
 
+def content(value, path=''):
+    """Return {path of keys: leaf} of nested dicts and lists."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, x in items for k, v in content(x, f'{path}/{key}').items()}
+    return {path: value}
+
+
+@pytest.fixture(scope='module')
+def trained(dataset, tmp_path_factory):
+    """Return the out_dir of a run of four iterations, and the arguments that train four more."""
+    out = tmp_path_factory.mktemp('trained') / 'out'
+    arguments = [*TINY, f'--dataset={dataset}', '--optimizer=adamcpr', '--reg_step_size=1']
+    command = [sys.executable, 'train.py', *arguments, f'--out_dir={out}', '--max_iters=4']
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return out, arguments
+
+
+def test_a_file_becomes_a_folder_and_a_file_again_with_everything_in_it(script, tmp_path, trained):
+    out, _ = trained
+    folder, file, hf = tmp_path / 'ckpt-000004', tmp_path / 'ckpt.pt', tmp_path / 'hf'
+    assert script('export.py', out, folder, '--to=folder').status == 0
+    assert script('export.py', folder, file, '--to=file').status == 0
+    before, after = (content(checkpoint.load(path)) for path in (out / 'ckpt.pt', file))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(after[key], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert after[key] == value
+    file.unlink()  # an out_dir that holds only the folder is exported too
+    assert script('export.py', tmp_path, hf).status == 0
+    weights = transformers.GPT2LMHeadModel.from_pretrained(hf).state_dict()
+    assert torch.equal(weights['lm_head.weight'], before['/model/lm_head.weight'])
+
+
+def test_a_run_resumes_from_what_was_converted_as_from_its_own(script, tmp_path, trained):
+    out, arguments = trained
+    losses = []
+    for name in ('file', 'folder'):
+        there = tmp_path / name
+        shutil.copytree(out, there)
+        if name == 'folder':
+            assert script('export.py', there, there / 'ckpt-000004', '--to=folder').status == 0
+            (there / 'ckpt.pt').unlink()
+        outcome = script('train.py', *arguments, f'--out_dir={there}', '--init_from=resume')
+        assert outcome.status == 0, outcome.err
+        lines = (there / 'log.jsonl').read_text().splitlines()
+        losses.append([json.loads(line).get('loss') for line in lines])
+    assert losses[0] == losses[1] and losses[0][-3] is not None
+
+
+@pytest.mark.parametrize('kind', ['hf', 'file', 'folder'])
+def test_no_kind_writes_over_what_is_there_or_leaves_half(
+    script, tmp_path, trained, kind, monkeypatch
+):
+    out, _ = trained
+    target = tmp_path / 'target'
+    for taken in (target, tmp_path / 'target.tmp'):
+        taken.write_text('mine')
+        outcome = script('export.py', out, target, f'--to={kind}')
+        assert outcome.status == 2 and f'{taken} is there already' in outcome.err
+        assert taken.read_text() == 'mine'
+        taken.unlink()
+
+    def full(*_, **__):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('os.replace', full)
+    outcome = script('export.py', out, target, f'--to={kind}')
+    assert outcome.status == 2 and 'No space left on device' in outcome.err
+    assert outcome.err.startswith('error: ') and outcome.err.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_set):
     save(tmp_path / 'out', gpt2_set)
     (tmp_path / 'there').mkdir()
@@ -128,7 +207,9 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_se
     llama = f'--init_from={tmp_path / "llama"}'
     train = ('train.py', llama, f'--dataset={gpt2_set}', f'--out_dir={tmp_path / "hf"}')
     for arguments, says in (
-        (('export.py', tmp_path / 'out'), 'HF_DIR'),
+        (('export.py', tmp_path / 'out'), 'TARGET'),
+        (('export.py', tmp_path / 'out', tmp_path / 'hf', '--to=onnx'), "'onnx'"),
+        (('export.py', tmp_path / 'out', tmp_path / 'hf', '--to=folder'), "('state')"),
         (('export.py', tmp_path / 'nowhere', tmp_path / 'hf'), 'no checkpoint'),
         (('export.py', tmp_path / 'out', tmp_path / 'there'), 'is there already'),
         (('export.py', tmp_path / 'out', tmp_path / 'taken'), 'taken.tmp is there already'),

@@ -411,7 +411,16 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
     same_run(tmp_path / 'cut', alone)
 
     unfinished = tmp_path / 'cut' / 'ckpt-000030'
-    for mistake in ((*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),):
+    for mistake in (
+        (*run[:-1], f'--init_from={unfinished}', f'--out_dir={tmp_path / "new"}'),
+        ('export.py', unfinished, tmp_path / 'new', '--to=file'),
+        (
+            'export.py',
+            tmp_path / 'cut' / 'ckpt-000020',
+            tmp_path / 'no' / 'folder' / 'ckpt.pt',
+            '--to=file',
+        ),
+    ):
         outcome = script(*mistake)
         assert (
             outcome.status == 2
@@ -423,9 +432,12 @@ def test_folders_resume_under_any_engine_and_convert_to_one_file_and_back(
     assert checkpoint.damage(tmp_path / 'cut' / 'ckpt-000020').startswith('run.pt')
 
     folder, file = tmp_path / 'file' / 'ckpt-000025', tmp_path / 'file' / 'ckpt.pt'
-    checkpoint.convert(folder, file)
-    checkpoint.convert(file, tmp_path / 'again')
-    checkpoint.convert(tmp_path / 'again', tmp_path / 'again.pt')
+    for source, target, kind in (
+        (folder, file, 'file'),
+        (file, tmp_path / 'again', 'folder'),
+        (tmp_path / 'again', tmp_path / 'again.pt', 'file'),
+    ):
+        assert script('export.py', source, target, f'--to={kind}').status == 0
     one, two = checkpoint.load(file), checkpoint.load(tmp_path / 'again.pt')
     assert one.keys() == two.keys()
     assert all(torch.equal(one['model'][name], two['model'][name]) for name in one['model'])

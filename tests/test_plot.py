@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import plot
+from runtime import figures
 
 ROOT = Path(__file__).parent.parent
 C_FC = 'transformer.h.0.mlp.c_fc.weight'
@@ -73,7 +74,7 @@ def runs(tmp_path):
 
 
 def load(tmp_path, entries):
-    (run,) = plot.load_all([write_log(tmp_path / 'run', entries)])
+    (run,) = figures.load_all([write_log(tmp_path / 'run', entries)])
     return run
 
 
@@ -120,7 +121,7 @@ def test_kappa_is_nan_until_it_is_set(tmp_path):
 
 
 def test_growth_is_per_iteration_whatever_the_distance_of_the_log_points():
-    iters, values = plot.growth(np.array([0.0, 10, 30, 40]), np.array([1.0, 2, 6, 5]))
+    iters, values = figures.growth(np.array([0.0, 10, 30, 40]), np.array([1.0, 2, 6, 5]))
     assert iters.tolist() == [10, 30, 40]
     np.testing.assert_allclose(values, [0.1, 0.2, -0.1])
 
@@ -128,14 +129,14 @@ def test_growth_is_per_iteration_whatever_the_distance_of_the_log_points():
 def test_smoothing_keeps_a_constant_and_leaves_out_nan():
     values = np.full(100, 3.0)
     values[[0, 40, 99]] = np.nan
-    np.testing.assert_allclose(plot.smooth(values), 3.0)
-    assert len(plot.smooth(np.array([]))) == 0
+    np.testing.assert_allclose(figures.smooth(values), 3.0)
+    assert len(figures.smooth(np.array([]))) == 0
 
 
 def test_a_legend_names_the_optimizer_unless_the_folder_does(tmp_path):
     def name(folder, optimizer):
         entries = [{'kind': 'config', 'config': {'optimizer': optimizer}}, *losses()]
-        return plot.load_all([write_log(tmp_path / folder, entries)])[0].name
+        return figures.load_all([write_log(tmp_path / folder, entries)])[0].name
 
     assert name('out', 'adamcpr') == 'out (AdamCPR)'
     assert name('gpt2-cpr', 'adamcpr') == 'gpt2-cpr'
@@ -147,7 +148,7 @@ def test_runs_in_folders_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ('a', 'b'):
         write_log(tmp_path / folder / 'out', losses())
-    assert [run.name for run in plot.load_all(['a/out', 'b/out/'])] == ['a/out', 'b/out']
+    assert [run.name for run in figures.load_all(['a/out', 'b/out/'])] == ['a/out', 'b/out']
 
 
 def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
@@ -155,7 +156,7 @@ def test_runs_whose_names_are_too_long_to_differ_are_numbered(tmp_path):
     folders = [tmp_path / name.format('one'), tmp_path / name.format('two')]
     for folder in folders:
         write_log(folder, [{'kind': 'eval', 'iter': 0, 'train_loss': 1.0, 'val_loss': 1.0}])
-    assert [run.name[:2] for run in plot.load_all(folders)] == ['1:', '2:']
+    assert [run.name[:2] for run in figures.load_all(folders)] == ['1:', '2:']
 
 
 @pytest.mark.parametrize(
@@ -203,18 +204,18 @@ def test_values_of_a_tensor_that_are_no_numbers_are_nan(tmp_path):
 
 
 def test_the_tensor_with_the_largest_lagmul_is_shown(runs):
-    assert plot.choose_tensor(plot.load_all(runs)) == C_PROJ
+    assert figures.choose_tensor(figures.load_all(runs)) == C_PROJ
 
 
 def test_without_a_bound_at_work_the_largest_tensor_that_is_no_embedding_is_shown(tmp_path, runs):
-    assert plot.choose_tensor(plot.load_all(runs[:1])) == C_FC
+    assert figures.choose_tensor(figures.load_all(runs[:1])) == C_FC
     early = load(tmp_path, losses() + norms(bounded=True, iters=[0, 100]))
-    assert plot.choose_tensor([early]) == C_FC
+    assert figures.choose_tensor([early]) == C_FC
 
 
 def test_a_tensor_is_chosen_by_its_name_or_a_unique_part(runs):
     for wanted in (WTE, 'wte'):
-        assert plot.choose_tensor(plot.load_all(runs), wanted) == WTE
+        assert figures.choose_tensor(figures.load_all(runs), wanted) == WTE
 
 
 # ---------------------------------------------------------------------------- drawing
@@ -224,11 +225,11 @@ def test_one_run_is_drawn_into_its_own_folder(runs, capsys):
     plot.main([runs[1]])
     paths = [os.path.join(runs[1], name) for name in ('loss.png', 'ratio.png', 'tensor.png')]
     assert capsys.readouterr().out.split() == paths
-    assert shows(paths[0], plot.BLUE)
+    assert shows(paths[0], figures.BLUE)
     kinds = 'wte', 'mlp.c_fc', 'mlp.c_proj'
-    for colour in (plot.BLACK, *(plot.KINDS[kind] for kind in kinds)):
+    for colour in (figures.BLACK, *(figures.KINDS[kind] for kind in kinds)):
         assert shows(paths[1], colour)
-    assert shows(paths[2], plot.BLUE)
+    assert shows(paths[2], figures.BLUE)
     assert sorted(os.listdir(runs[1])) == ['log.jsonl', 'loss.png', 'ratio.png', 'tensor.png']
 
 
@@ -238,28 +239,30 @@ def test_several_runs_are_laid_over_each_other_in_plots(runs, tmp_path, monkeypa
     assert sorted(os.listdir('plots')) == ['loss.png', 'ratio.png', 'tensor.png']
     plot.main([*runs, '--out=elsewhere/pictures', '--tensor=h.1.mlp'])
     for name in ('loss.png', 'ratio.png', 'tensor.png'):
-        for colour in plot.COLOURS[:3]:
+        for colour in figures.COLOURS[:3]:
             assert shows(f'elsewhere/pictures/{name}', colour)
 
 
 def test_the_loss_picture_has_each_run_and_its_final_validation_loss(runs):
-    (ax,) = plot.loss_figure(plot.load_all(runs)).axes
+    (ax,) = figures.loss_figure(figures.load_all(runs)).axes
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert texts[:3] == ['1.900   one (AdamW)', '1.700   two (AdamCPR)', '1.800   three (AdamWN)']
-    for colour in plot.COLOURS[:3]:
+    for colour in figures.COLOURS[:3]:
         training, validation = lines_in(ax, colour)
         assert validation.get_linewidth() > training.get_linewidth()
 
 
 def test_the_ratio_picture_has_every_tensor_of_one_run_and_the_totals_of_several(runs):
-    (ax,) = plot.ratio_figure(plot.load_all(runs[:1])).axes
+    (ax,) = figures.ratio_figure(figures.load_all(runs[:1])).axes
     assert len(ax.lines) == 1 + 3
-    (ax,) = plot.ratio_figure(plot.load_all(runs)).axes
+    (ax,) = figures.ratio_figure(figures.load_all(runs)).axes
     assert len(ax.lines) == 3
 
 
 def test_the_tensor_picture_has_squared_norm_bound_growth_lambda_and_loss(runs):
-    norm_ax, growth_ax, lambda_ax, loss_ax = plot.tensor_figure(plot.load_all(runs[1:2]), C_FC).axes
+    norm_ax, growth_ax, lambda_ax, loss_ax = figures.tensor_figure(
+        figures.load_all(runs[1:2]), C_FC
+    ).axes
     norm, kappa = norm_ax.lines
     np.testing.assert_allclose(norm.get_ydata()[[0, -1]], [25, 100])
     assert kappa.get_linestyle() == '--'
@@ -272,39 +275,47 @@ def test_the_tensor_picture_has_squared_norm_bound_growth_lambda_and_loss(runs):
 def test_a_bound_on_something_else_than_the_squared_norm_is_not_drawn_with_it(tmp_path):
     config = {'kind': 'config', 'config': {'reg_function': 'l1'}}
     run = load(tmp_path, [config, *losses(), *norms(bounded=True)])
-    assert len(plot.tensor_figure([run], C_FC).axes[0].lines) == 1
+    assert len(figures.tensor_figure([run], C_FC).axes[0].lines) == 1
 
 
 def test_a_run_has_the_same_colour_in_every_picture(tmp_path, runs):
     short = write_log(tmp_path / 'short', losses(iters=range(0, 50, 10)))
-    _, run = plot.load_all([short, runs[0]])
-    assert len(lines_in(plot.loss_figure([run]).axes[0], plot.VERMILLION)) == 3
-    assert len(lines_in(plot.tensor_figure([run], C_FC).axes[0], plot.VERMILLION)) == 1
+    _, run = figures.load_all([short, runs[0]])
+    assert len(lines_in(figures.loss_figure([run]).axes[0], figures.VERMILLION)) == 3
+    assert len(lines_in(figures.tensor_figure([run], C_FC).axes[0], figures.VERMILLION)) == 1
 
 
 def test_a_loss_that_blows_up_does_not_flatten_the_others(tmp_path):
     diverged = {'kind': 'eval', 'iter': 1100, 'val_loss': None}
     run = load(tmp_path, [*losses(), *train_losses([(1010, 1e37)]), diverged])
-    (ax,) = plot.loss_figure([run]).axes
+    (ax,) = figures.loss_figure([run]).axes
     low, high = ax.get_ylim()
     assert 1.4 < low < 1.7 < 2.5 < high < 3.5
     plot.main([str(tmp_path / 'run')])
-    assert shows(tmp_path / 'run' / 'loss.png', plot.BLUE)
+    assert shows(tmp_path / 'run' / 'loss.png', figures.BLUE)
 
 
 def test_a_run_that_logged_only_evaluations_is_drawn(tmp_path):
     run = load(tmp_path, [entry for entry in losses() if entry['kind'] == 'eval'])
-    assert len(lines_in(plot.loss_figure([run]).axes[0], plot.BLUE)) == 1
+    assert len(lines_in(figures.loss_figure([run]).axes[0], figures.BLUE)) == 1
 
 
 def test_a_log_of_one_iteration_shows_points(tmp_path):
     run = load(tmp_path, losses(iters=range(1)) + norms(iters=range(1)))
-    figures = plot.loss_figure([run]), plot.ratio_figure([run]), plot.tensor_figure([run], C_FC)
-    for figure in figures:
+    drawn = (
+        figures.loss_figure([run]),
+        figures.ratio_figure([run]),
+        figures.tensor_figure([run], C_FC),
+    )
+    for figure in drawn:
         points = [line for ax in figure.axes for line in ax.lines if finite_points(line)]
         assert points and all(line.get_marker() == 'o' for line in points)
     plot.main([str(tmp_path / 'run')])
-    for name, colour in [('loss', plot.BLUE), ('ratio', plot.BLACK), ('tensor', plot.BLUE)]:
+    for name, colour in [
+        ('loss', figures.BLUE),
+        ('ratio', figures.BLACK),
+        ('tensor', figures.BLUE),
+    ]:
         assert shows(tmp_path / 'run' / f'{name}.png', colour)
 
 
@@ -316,7 +327,7 @@ def test_names_that_the_font_does_not_have_are_drawn(tmp_path, capsys, name):
         entry['tensors'][name] = entry['tensors'][C_FC]
     out_dir = write_log(tmp_path / name, [optimizer, *losses(), *entries])
     plot.main([out_dir, f'--out={tmp_path}/pictures', f'--tensor={name}'])
-    assert shows(tmp_path / 'pictures' / 'tensor.png', plot.BLUE)
+    assert shows(tmp_path / 'pictures' / 'tensor.png', figures.BLUE)
     assert capsys.readouterr().err == ''
 
 
