@@ -1,4 +1,4 @@
-"""Train a small model under every engine on the CPU, and print the README's two tables of it.
+"""Train a small model under every engine on the CPU, and print two tables of the differences.
 
     python scripts/compare_parallel.py              1, 2 and 4 processes; some minutes
     python scripts/compare_parallel.py --worlds=1,2

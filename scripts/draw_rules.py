@@ -1,0 +1,64 @@
+"""Draw docs/rules.png, the README's picture, from the logs in results/weight_decay/runs.tar.gz.
+
+python scripts/draw_rules.py
+"""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+RULES = (  # label, a config of the study, colour
+    ('AdamW, weight decay 0.1 (not tuned)', 'adamw_learning_rate=1e-2_weight_decay=0.1', '#0072B2'),
+    ('AdamW, weight decay 1 (tuned)', 'adamw_learning_rate=1e-2_weight_decay=1', '#56B4E9'),
+    ('AdamCPR, Kappa-IP (not tuned)', 'cpr_learning_rate=1e-2', '#D55E00'),
+    ('AdamWN, r = 3 (tuned)', 'wn_learning_rate=1e-2_wn_ratio=3', '#009E73'),
+)
+PANELS = (  # kind of the log's entries, key, title
+    ('eval', 'val_loss', 'validation loss (nats per token)'),
+    ('norms', 'ratio', 'weight norm / weight norm at the start'),
+)
+
+
+def series(archive, config, kind, key):
+    """Return (iterations, mean of `key` over the three seeds)."""
+    values = {}
+    for seed in (1, 2, 3):
+        log = archive.extractfile(f'runs/train_scarce_{config}/seed{seed}/log.jsonl')
+        for entry in map(json.loads, log):
+            if entry['kind'] == kind:
+                values.setdefault(entry['iter'], []).append(entry[key])
+    return list(values), [np.mean(v) for v in values.values()]
+
+
+figure = Figure(figsize=(8.3, 3.6), layout='constrained')
+axes = figure.subplots(1, 2)
+with tarfile.open(ROOT / 'results/weight_decay/runs.tar.gz') as archive:
+    for ax, (kind, key, title) in zip(axes, PANELS, strict=True):
+        for label, config, colour in RULES:
+            iters, values = series(archive, config, kind, key)
+            ax.plot(iters, values, color=colour, linewidth=2, label=label)
+            if kind == 'norms':
+                ax.annotate(
+                    f' {values[-1]:.1f}', (iters[-1], values[-1]), color=colour, va='center'
+                )
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel('iteration')
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.grid(color='#E4E4E4')
+        ax.spines[['top', 'right']].set_visible(False)
+axes[0].set_ylim(2.2, 2.8)
+figure.legend(
+    *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False
+)
+picture = io.BytesIO()
+figure.savefig(picture, dpi=110)
+path = ROOT / 'docs' / 'rules.png'
+Image.open(picture).convert('RGB').quantize(64).save(path, optimize=True)  # a quarter of the bytes
+print(path)
