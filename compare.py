@@ -193,8 +193,8 @@ class Job:
         for line in self.process.stdout:
             self.latest = line.split(',')[0].strip()
 
-    def check(self):
-        """Fail with train.py's message if the process has failed."""
+    def fail_with_its_message(self):
+        """Fail as train.py did, if it has failed."""
         if self.process.returncode:
             self.errors.seek(0)
             message = self.errors.read().strip().split('\n')[-1].removeprefix('error: ')
@@ -229,7 +229,7 @@ def make(runs, jobs, after):
                         continue
                     del running[slot]
                     bar.clear()
-                    job.check()
+                    job.fail_with_its_message()
                     after(job.run)
                     bar.update()
                     if bar.disable:
