@@ -32,7 +32,7 @@ from torch.optim.optimizer import (
 
 import model
 from configurator import check, configure
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 from runtime.device import setup
 from runtime.errors import border, fail
 
@@ -121,6 +121,7 @@ def contenders(params, impl):
         for order, moved in (('before', 32), ('after', 40)):
             optimizer = cls(groups(regularize=False), order=order, **options, **ours)
             found[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
+    found['AdamH'] = AdamH(groups(regularize=False), **ours), 44, True
     try:
         import pytorch_cpr
     except ImportError:
@@ -261,7 +262,7 @@ def bench_throughput():
         run = torch.compile(gpt) if rt.device_type == 'cuda' else gpt
         tokens = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device)
         params = list(gpt.parameters())
-        for name in (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'"):
+        for name in (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'", 'AdamH'):
             optimizer, _, clips = contenders(params, impl)[name]
             if rt.device_type == 'cuda':
                 torch.cuda.reset_peak_memory_stats()

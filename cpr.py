@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nanonorm.kernels import dtensor
 from nanonorm.kernels.bucket import SavedState, check, kernels_for, make_buckets
 
 IMPLS, REG_FUNCTIONS = ('auto', 'triton', 'numba', 'torch'), ('l2', 'l1', 'std', 'huber')
@@ -477,10 +476,3 @@ class AdamH(NormAdam):
         a = torch.where((s > 0) & (squares > 0), R0 / squares.sqrt(), 1.0)
         torch.where(b.active, (a * s).float(), b.step_size, out=b.step_size)
         return 1 - a, None
-
-
-def weight_norms(module):
-    """{name: ||theta||} of a module's trainable, whole tensors of two or more dimensions."""
-    named = {n: p for n, p in module.named_parameters() if p.requires_grad and p.dim() >= 2}
-    norms = dtensor.square_sums(list(named.values())).sqrt().tolist() if named else []
-    return dict(zip(named, norms, strict=True))

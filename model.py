@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 
 
 @dataclass
@@ -214,12 +214,14 @@ class GPT(nn.Module):
         s = SimpleNamespace(**settings)
         common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), impl=s.impl)
         common['max_grad_norm'] = s.grad_clip
-        if s.order != 'auto' and s.optimizer != 'adamw':
+        if s.order != 'auto' and s.optimizer in ('adamcpr', 'adamwn'):
             common['order'] = s.order
         if s.optimizer == 'adamw':
             return AdamW(self, weight_decay=s.weight_decay, **common)
         if s.optimizer == 'adamwn':
             return AdamWN(self, rate=s.wn_rate, ratio=wn_ratio, scope=s.wn_scope, **common)
+        if s.optimizer == 'adamh':
+            return AdamH(self, step_scale=s.adamh_step_scale, **common)
         return AdamCPR(
             self,
             kappa_init_method=s.kappa_init_method,

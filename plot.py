@@ -1,8 +1,9 @@
-"""Draw three pictures of one or several runs of nanoNorm from their log.jsonl.
+"""Draw four pictures of one or several runs of nanoNorm from their log.jsonl.
 
 loss.png    validation and training loss
 ratio.png   the norm of the weights over their norm at the start
             (AdamWN paper, arXiv 2311.11446, Figure 3)
+step.png    a step's length over the weight norm, and the angle by which it turns the weights
 tensor.png  one tensor: squared norm and its bound kappa, growth, lambda, and the validation loss
             (CPR paper, arXiv 2311.09058, Figure 5)
 
@@ -32,8 +33,11 @@ def draw_all(args):
     tensor = figures.choose_tensor(with_norms, args.tensor)
     drawn = {'loss.png': figures.loss_figure(runs)}
     if with_norms:
-        drawn['ratio.png'] = figures.ratio_figure(with_norms)
+        drawn['ratio.png'] = figures.norms_figure(with_norms, figures.RATIO)
         drawn['tensor.png'] = figures.tensor_figure(with_norms, tensor)
+    with_steps = [run for run in with_norms if run.has_steps()]
+    if with_steps:
+        drawn['step.png'] = figures.norms_figure(with_steps, figures.STEP)
 
     out = args.out or (args.out_dirs[0] if len(runs) == 1 else 'plots')
     try:

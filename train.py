@@ -1,4 +1,4 @@
-"""Train a GPT with AdamW, AdamCPR or AdamWN, on one device or, started by torchrun, on many.
+"""Train a GPT with AdamW, AdamCPR, AdamWN or AdamH, on one device or, started by torchrun, on many.
 
     python train.py config/train_char_cpr.py                     a config file over the defaults
     python train.py config/train_char_cpr.py --max_iters=500     and single settings over that
@@ -19,14 +19,14 @@ import sys
 import torch
 
 from configurator import adopt, check, configure
-from cpr import weight_norms
 from data.tokens import TokenData, prefetch, to_device
 from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.device import setup
-from runtime.distributed import device_of_rank, largest_gradients, start
+from runtime.distributed import device_of_rank, start
 from runtime.errors import border_from_here, fail
-from runtime.log import Clock, RunLog, Watch, final_ratios, norm_entry
+from runtime.log import Clock, RunLog, Watch, final_ratios
+from runtime.norms import largest_gradients, norm_entry, norms_of
 
 # ---- settings: GPT-2 124M on OpenWebText; a config file and --key=value override them
 # input and output
@@ -60,7 +60,7 @@ n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm layers, as in GPT-2
 # optimizer
-optimizer = 'adamw'  # 'adamw', 'adamcpr' (bounds each norm), 'adamwn' (steers it to a target)
+optimizer = 'adamw'  # 'adamcpr' bounds each weight norm, 'adamwn' steers it, 'adamh' holds it
 learning_rate = 6e-4  # the highest of the schedule
 max_iters = 600000
 weight_decay = 1e-1  # adamw only
@@ -85,6 +85,8 @@ wn_rate = 1e-2  # k: the share of the way to the target that a step goes
 wn_ramp_iters = 2500  # iterations over which the target goes from 1 to wn_ratio
 wn_scope = 'tensor'  # steer each tensor's norm, or 'global': the joint norm
 wn_from = ''  # out_dir of a finished run: its final ratios, one a tensor, in place of wn_ratio
+# AdamH
+adamh_step_scale = 10.0  # a held tensor's step over its norm, per unit of learning rate
 # learning rate schedule
 decay_lr = True  # False: learning_rate throughout
 warmup_iters = 2000  # linear from near 0
@@ -98,7 +100,6 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': bfloat16 if the GPU 
 compile = True  # torch.compile the model
 seed = 1337  # of the initial weights and of the batches
 # ----
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is to be saved yet: Ctrl-C ends the process
 border_from_here()  # what the system or a file refuses becomes one `error:` line
 settings, given = configure(globals())
 limits = {
@@ -106,10 +107,10 @@ limits = {
     'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd reg_step_size',
     '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps '
     'max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio '
-    'wn_ramp_iters warmup_iters lr_decay_iters seed',
+    'wn_ramp_iters adamh_step_scale warmup_iters lr_decay_iters seed',
     'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
     'in [0, 1]': 'wn_rate',
-    'one of adamw adamcpr adamwn': 'optimizer',
+    'one of adamw adamcpr adamwn adamh': 'optimizer',
     'one of auto before after': 'order',
     'one of auto triton numba torch': 'impl',
     'one of inflection_point warm_start uniform dependent': 'kappa_init_method',
@@ -151,7 +152,8 @@ if init_from == 'scratch':
 
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)
 params = dict(model.named_parameters())
-init_norms = weight_norms(model)
+matrices = {name: p for name, p in params.items() if p.dim() >= 2}
+init_norms = norms_of(matrices)
 
 # ---- optimizer, and what a checkpoint says of it
 wn_ratios = {}  # AdamWN's targets of single tensors
@@ -195,7 +197,7 @@ def wn_ramp_at(iteration):
 
 @torch.no_grad()
 def estimate_loss():
-    """Return {split: mean loss a token}, on the same batches for any seed and number of ranks."""
+    """Return the mean loss a token of both splits, on the same batches for any seed and world."""
 
     def loss_of(x, y):
         x, y = to_device((x, y), rt.device)
@@ -203,10 +205,8 @@ def estimate_loss():
             return compiled(x, y)[1]
 
     model.eval()
-    losses = {}
-    for split in ('train', 'val'):
-        batches = data.evaluation(split, batch_size, eval_iters)
-        losses[split] = ranks.mean_loss(batches, loss_of)
+    batches = [data.evaluation(split, batch_size, eval_iters) for split in ('train', 'val')]
+    losses = [ranks.mean_loss(each, loss_of) for each in batches]
     model.train()
     return losses
 
@@ -227,8 +227,8 @@ def micro_batch(i):
 
 # ---- nothing to train
 if eval_only:
-    losses = estimate_loss()
-    print(f'iteration {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+    train_loss, val_loss = estimate_loss()
+    print(f'iteration {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
 elif iter_num >= max_iters > 0:
     print(f'{init_from}: already at iteration {iter_num} of {max_iters=}, nothing is left to train')
 if eval_only or iter_num >= max_iters > 0:
@@ -263,16 +263,12 @@ atexit.register(batches.close)  # its thread must end before the interpreter doe
 model.train()
 clock = Clock(iter_num, max_iters, eval_interval)
 while True:
-    # log the norms, evaluate, save
+    # evaluate, save
     finished = iter_num >= max_iters
     save_now = checkpoint_interval > 0 and iter_num % checkpoint_interval == 0
-    if iter_num % norm_log_interval == 0 or finished:
-        states = {name: opt.state.get(p, {}) for name, p in params.items()}
-        log.write('norms', iter=iter_num, **norm_entry(weight_norms(model), init_norms, states))
     if iter_num % eval_interval == 0 or finished:
         with clock.evaluation(iter_num):
-            losses = estimate_loss()
-        train_loss, val_loss = losses['train'], losses['val']
+            train_loss, val_loss = estimate_loss()
         print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}', flush=True)
         log.write('eval', iter=iter_num, train_loss=train_loss, val_loss=val_loss)
         save_now = save_now or val_loss < best_val_loss or always_save_checkpoint
@@ -281,6 +277,7 @@ while True:
     if save_now and iter_num > first_iter and (finished or not watch.in_a_row):
         save()
     if finished:
+        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms))
         break
 
     # schedules
@@ -303,10 +300,15 @@ while True:
                 loss = loss / micro_steps
             scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
+    if iter_num % norm_log_interval == 0:
+        before = {name: p.detach().clone() for name, p in matrices.items()}
     scaler.step(opt)  # clips, and skips the step where a gradient is not finite
     scaler.update()
 
     # log
+    if iter_num % norm_log_interval == 0:
+        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms, before))
+        del before  # a copy of the weights
     if iter_num % log_interval == 0:
         loss = ranks.sum(loss_sum).item() / ranks.world_size  # waits for the device
         ms = clock.lap(iter_num + 1) * 1e3

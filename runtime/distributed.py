@@ -7,7 +7,6 @@ used, so that a single process starts without them.
 """
 
 import atexit
-import math
 import os
 import signal
 import sys
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nanonorm.kernels.dtensor import square_sums
 from runtime.device import DTYPES
 from runtime.errors import fail
 
@@ -286,14 +284,3 @@ class _Ending:
             with suppress(OSError, ValueError):  # a closed pipe or file
                 stream.flush()
         os._exit(cls.status)
-
-
-def largest_gradients(model, count=3):
-    """Name the `count` tensors with the largest gradient norms: 'NAME 1.2e+03, ...'.
-
-    Norms that are not finite come first. Every rank must call it.
-    """
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = dict(zip(grads, square_sums(list(grads.values())).sqrt().tolist(), strict=True))
-    largest = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))[:count]
-    return ', '.join(f'{name} {norms[name]:.3g}' for name in largest)

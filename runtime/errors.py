@@ -56,7 +56,11 @@ def border(remedy=None):
 
 
 def border_from_here():
-    """Answer as border() does whatever the script does from here to its end."""
+    """Answer as border() does whatever the script does from here to its end.
+
+    Until the script catches signals, Ctrl-C ends the process: nothing is to be saved yet.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     show = sys.excepthook
 
     def hook(kind, error, trace):

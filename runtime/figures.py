@@ -29,7 +29,7 @@ KINDS = {  # end of a parameter's name -> colour of its line
     'mlp.c_proj': ORANGE,
     'other': GREY,
 }
-OPTIMIZERS = {'adamw': 'AdamW', 'adamcpr': 'AdamCPR', 'adamwn': 'AdamWN'}
+OPTIMIZERS = {'adamw': 'AdamW', 'adamcpr': 'AdamCPR', 'adamwn': 'AdamWN', 'adamh': 'AdamH'}
 # a folder's name may have letters that the font lacks: they become boxes
 warnings.filterwarnings('ignore', 'Glyph .* missing from font')
 STYLE = {
@@ -68,7 +68,7 @@ class Run:
     def series(self, kind, key, tensor=None):
         """Return (iterations, values) of `key`, two arrays of the same length.
 
-        With `tensor`, `key` is one of that tensor's values: norm, ratio, kappa or lagmul.
+        With `tensor`, `key` is one of that tensor's values, as in the log.
         A value is nan if the log has null or no value.
         """
         iters = sorted(self.entries.get(kind, {}))
@@ -82,6 +82,9 @@ class Run:
         """Return {name: {norm, ratio, ...}} at the last iteration with norms, {} without any."""
         norms = self.entries.get('norms')
         return norms[max(norms)].get('tensors', {}) if norms else {}
+
+    def has_steps(self):
+        return bool(np.isfinite(self.series('norms', 'step')[1]).any())
 
 
 def _number(value):
@@ -241,30 +244,40 @@ def loss_figure(runs):
     return figure
 
 
-def ratio_figure(runs):
-    """Draw the ratio of all tensors together and, for a single run, that of each tensor."""
-    figure = Figure()
-    ax = figure.subplots()
-    iteration_axis(ax)
-    ax.set_ylabel('weight norm / weight norm at the start')
-    if len(runs) == 1:
-        (run,) = runs
-        ax.set_title(run.name)
-        for tensor in run.tensors():
-            style = {'color': KINDS[kind_of(tensor)], 'linewidth': 0.9, 'alpha': 0.8}
-            draw(ax, *run.series('norms', 'ratio', tensor), **style)
-        iters, ratios = run.series('norms', 'ratio')
-        draw(ax, iters, ratios, color=BLACK, linewidth=2.4, label=f'all tensors: {ratios[-1]:.3f}')
+RATIO = {'ratio': 'weight norm / weight norm at the start'}
+STEP = {'step': 'step length / weight norm', 'angle': 'turn by a step (degrees)'}
+
+
+def norms_figure(runs, panels):
+    """Draw a panel for each {key of 'norms': its label}: RATIO or STEP.
+
+    It shows all tensors together and, for a single run, each tensor.
+    """
+    figure = Figure(figsize=(8, 4.5 if len(panels) == 1 else 5.2))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, (key, label) in zip(axes, panels.items(), strict=True):
+        iteration_axis(ax, label=ax is axes[-1])
+        ax.set_ylabel(label)
+        for run in runs:
+            for tensor in run.tensors() if len(runs) == 1 else ():
+                style = {'color': KINDS[kind_of(tensor)], 'linewidth': 0.9, 'alpha': 0.8}
+                draw(ax, *run.series('norms', key, tensor), **style)
+            iters, values = run.series('norms', key)
+            last = f'{values[np.isfinite(values)][-1]:.3g}'  # no step follows the last iteration
+            label = 'all tensors' + f': {last}' * (len(panels) == 1)
+            style = {'color': BLACK, 'linewidth': 2.4, 'label': label}
+            if len(runs) > 1:
+                style = {**run.style, 'label': f'{last}   {run.name}'}
+            draw(ax, iters, values, **style)
         handles, _ = ax.get_legend_handles_labels()
-        present = {kind_of(tensor) for tensor in run.tensors()}
+        if len(runs) > 1:
+            ax.legend(handles=handles, title=f'{key} at the end', alignment='left')
+    if len(runs) == 1:
+        present = {kind_of(tensor) for tensor in runs[0].tensors()}
         kinds = [kind for kind in KINDS if kind in present]
         handles += [Line2D([], [], color=KINDS[kind], label=kind) for kind in kinds]
         figure.legend(handles=handles, loc='outside right upper', alignment='left')
-    else:
-        for run in runs:
-            iters, ratios = run.series('norms', 'ratio')
-            draw(ax, iters, ratios, **run.style, label=f'{ratios[-1]:.3f}   {run.name}')
-        ax.legend(title='ratio at the end', alignment='left')
+        axes[0].set_title(runs[0].name)
     return figure
 
 

@@ -5,7 +5,8 @@
 config   the settings
 train    iter, loss, lr, grad_norm, ms, tokens_per_s, mfu, skipped_steps; `spike` if Watch saw one
 eval     iter, train_loss, val_loss
-norms    iter, ratio, tensors: {name: {norm, ratio, kappa, lagmul}}
+norms    iter, ratio, step, angle, tensors: {name: {norm, ratio, step, angle, kappa, lagmul}}.
+         step: the length of the next step over the norm; angle: how far it turns, in degrees
 damaged  iter, path and reason of an unreadable checkpoint, used: the one read in its place
 
 Weights & Biases and TensorBoard, if enabled, chart the same entries. plot.py reads only this file.
@@ -94,21 +95,6 @@ def _is_sound(entry):
 
 def _is_number(value):
     return value is None or isinstance(value, float) or type(value) is int and abs(value) < 1 << 53
-
-
-def norm_entry(norms, init_norms, states):
-    """Return the fields of a 'norms' entry.
-
-    norms, init_norms: {name: norm} now and at the start. states: {name: optimizer state}, which may
-    have AdamCPR's kappa and lagmul.
-    """
-    tensors = {}
-    for name, norm in norms.items():
-        bound = {k: states[name][k].item() for k in ('kappa', 'lagmul') if k in states[name]}
-        ratio = norm / init_norms[name] if init_norms[name] else math.nan
-        tensors[name] = dict(norm=norm, ratio=ratio, **bound)
-    ratio = math.hypot(*norms.values()) / math.hypot(*init_norms.values())
-    return dict(ratio=ratio, tensors=tensors)
 
 
 def final_ratios(out_dir, names):

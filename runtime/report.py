@@ -350,7 +350,7 @@ def draw(configs, out):
         'loss.png': f'loss, {caption}',
     }
     if all(run.entries.get('norms') for run in runs):
-        drawn['ratio.png'] = figures.ratio_figure(runs)
+        drawn['ratio.png'] = figures.norms_figure(runs, figures.RATIO)
         captions['ratio.png'] = f'norm ratio, {caption}'
     for name, figure in drawn.items():
         figures.save(figure, os.path.join(out, name))

@@ -49,6 +49,7 @@ OPTIMIZERS = {
     'AdamW': ['--optimizer=adamw'],
     'AdamCPR': ['--optimizer=adamcpr', '--reg_step_size=5'],
     'AdamWN': ['--optimizer=adamwn', '--wn_rate=0.3', '--wn_ramp_iters=20', '--wn_from=WN_FROM'],
+    'AdamH': ['--optimizer=adamh', '--adamh_step_scale=2'],
 }
 
 

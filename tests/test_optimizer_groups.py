@@ -24,7 +24,7 @@ from helpers.optimizers import (
 )
 from torch import nn
 
-from cpr import AdamCPR, AdamH, AdamW, AdamWN, weight_norms
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 
 MATRICES = {'wte.weight', 'wpe.weight', 'fc.weight', 'conv.weight'}
 
@@ -110,17 +110,6 @@ def test_parameters_frozen_at_construction_train_once_they_are_thawed(cls, impl)
     assert not any(torch.equal(p, q) for p, q in zip(before, model.fc.parameters(), strict=True))
     assert optimizer.state[model.fc.weight]['step'] == 3
     assert optimizer.state[model.conv.weight]['step'] == 6
-
-
-def test_weight_norms_are_those_of_a_modules_trainable_matrices():
-    model = Tiny()
-    model.fc.requires_grad_(False)
-    norms = weight_norms(model)
-    assert list(norms) == ['wte.weight', 'wpe.weight', 'conv.weight']
-    for name, norm in norms.items():
-        expected = model.get_parameter(name).double().norm().item()
-        assert type(norm) is float and norm == pytest.approx(expected, rel=1e-6)
-    assert weight_norms(nn.LayerNorm(3)) == {}
 
 
 # ---- tensors and groups

@@ -253,10 +253,24 @@ def test_the_loss_picture_has_each_run_and_its_final_validation_loss(runs):
 
 
 def test_the_ratio_picture_has_every_tensor_of_one_run_and_the_totals_of_several(runs):
-    (ax,) = figures.ratio_figure(figures.load_all(runs[:1])).axes
+    (ax,) = figures.norms_figure(figures.load_all(runs[:1]), figures.RATIO).axes
     assert len(ax.lines) == 1 + 3
-    (ax,) = figures.ratio_figure(figures.load_all(runs)).axes
+    (ax,) = figures.norms_figure(figures.load_all(runs), figures.RATIO).axes
     assert len(ax.lines) == 3
+
+
+def test_the_step_picture_has_length_and_angle_where_the_log_has_them(tmp_path):
+    records = norms()
+    for record in records[:-1]:  # no step follows the last iteration
+        for entry in (record, *record['tensors'].values()):
+            entry |= {'step': 0.02, 'angle': 1.1}
+    write_log(tmp_path / 'run', losses() + records)
+    plot.main([str(tmp_path / 'run')])
+    assert shows(tmp_path / 'run' / 'step.png', figures.BLACK)
+    runs = figures.load_all([str(tmp_path / 'run')])
+    for ax, value in zip(figures.norms_figure(runs, figures.STEP).axes, (0.02, 1.1), strict=True):
+        assert len(ax.lines) == 1 + 3
+        assert all(line.get_ydata()[0] == value for line in ax.lines)
 
 
 def test_the_tensor_picture_has_squared_norm_bound_growth_lambda_and_loss(runs):
@@ -304,7 +318,7 @@ def test_a_log_of_one_iteration_shows_points(tmp_path):
     run = load(tmp_path, losses(iters=range(1)) + norms(iters=range(1)))
     drawn = (
         figures.loss_figure([run]),
-        figures.ratio_figure([run]),
+        figures.norms_figure([run], figures.RATIO),
         figures.tensor_figure([run], C_FC),
     )
     for figure in drawn:

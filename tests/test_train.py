@@ -56,6 +56,7 @@ def train(script, dataset, tmp_path):
         ),
         ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
         ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_scope=global', '--order=before'),
+        ('--optimizer=adamh', '--adamh_step_scale=2'),
         ('--dtype=bfloat16',),
         ('--dtype=float16',),
     ],
@@ -175,7 +176,7 @@ def test_order_auto_follows_the_papers(train, tmp_path, default, other, argument
 
 
 def test_norms_are_recorded_from_the_start_for_every_optimizer(train, tmp_path):
-    for optimizer in ('adamw', 'adamcpr', 'adamwn'):
+    for optimizer in ('adamw', 'adamcpr', 'adamwn', 'adamh'):
         train(
             f'--optimizer={optimizer}',
             '--kappa_init_method=dependent',
@@ -202,6 +203,21 @@ def test_adamwn_reaches_the_scheduled_ratio(train, tmp_path):
     train('--optimizer=adamwn', '--wn_rate=1.0', '--wn_ratio=1.3', '--wn_ramp_iters=4')
     ratio = {r['iter']: r['ratio'] for r in entries(tmp_path / 'out', 'norms')}
     assert [ratio[i] for i in (2, 4, 8)] == pytest.approx([1.15, 1.3, 1.3], rel=1e-4)
+
+
+def test_adamh_holds_each_norm_and_moves_each_matrix_by_the_same_share_of_it(train, tmp_path):
+    schedule = '--learning_rate=0.01', '--decay_lr=False', '--adamh_step_scale=2'
+    train('--optimizer=adamh', *schedule, '--norm_log_interval=1')
+    records = entries(tmp_path / 'out', 'norms')
+    held = [t for r in records for name, t in r['tensors'].items() if 'transformer.h.' in name]
+    assert [t['ratio'] for t in held] == pytest.approx([1] * len(held), rel=1e-6)
+    moved = [t for t in held if 'step' in t]
+    assert len(moved) == len(held) * 8 // 9  # no step follows the last iteration
+    # 0.02 to the side of the sphere or so, then back onto it
+    assert [t['step'] for t in moved] == pytest.approx([0.02] * len(moved), rel=0.02)
+    assert [math.radians(t['angle']) for t in moved] == pytest.approx([0.02] * len(moved), rel=0.02)
+    free = [r['tensors']['transformer.wte.weight']['ratio'] for r in records]
+    assert free[-1] != pytest.approx(1, rel=1e-3)
 
 
 def test_wn_from_takes_the_ratio_of_every_tensor_from_a_finished_run(train, tmp_path):
@@ -232,7 +248,7 @@ def final_ratios(out_dir):
 
 
 def test_the_checkpoint_has_nanogpts_keys_and_torch_adamw_can_load_its_optimizer(train, tmp_path):
-    for optimizer in ('adamw', 'adamcpr', 'adamwn'):
+    for optimizer in ('adamw', 'adamcpr', 'adamwn', 'adamh'):
         train(f'--optimizer={optimizer}', out=optimizer)
         saved = torch.load(tmp_path / optimizer / 'ckpt.pt', weights_only=True)
         assert {
@@ -456,6 +472,7 @@ def test_tensorboard_that_is_not_installed_ends_with_one_error_line(train, tmp_p
         ('--optimizer=adamcpr', '--reg_step_size=2'),
         ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=6'),
         ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+        ('--optimizer=adamh',),
         ('--optimizer=adamw', '--dropout=0.2', '--gradient_accumulation_steps=3'),
         ('--optimizer=adamw', '--dtype=float16'),
     ],
@@ -735,7 +752,7 @@ def bad(outcome, *says):
         ('--seed=-1', '>= 0'),
         ('--wn_rate=1.5', 'wn_rate=1.5 must be in [0, 1]'),
         ('--wn_rate=-0.5', 'wn_rate=-0.5 must be in [0, 1]'),
-        ('--optimizer=adam', 'one of adamw adamcpr adamwn'),
+        ('--optimizer=adam', 'one of adamw adamcpr adamwn adamh'),
         ('--order=during', 'one of auto before after'),
         ('--impl=cuda', "impl='cuda'"),
         ('--device=cuda', '--device=cpu'),
