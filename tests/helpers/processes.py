@@ -126,7 +126,8 @@ def run(words, env, cwd, new_session, unbuffered):
         sys.modules['torch'].set_num_threads(int(env['OMP_NUM_THREADS']))
     script = words[0]
     sys.argv = words[words[0] == '-m' :]
-    sys.path[0] = '' if script in ('-c', '-m') else os.path.dirname(os.path.abspath(script))
+    places = {'-c': '', '-m': os.getcwd()}
+    sys.path[0] = places.get(script, os.path.dirname(os.path.abspath(script)))
     if script == '-c':
         del sys.argv[1]
         exec(compile(words[1], '<string>', 'exec'), {'__name__': '__main__'})
