@@ -29,7 +29,7 @@ MODULES = (
     'torch.distributed.tensor',
     'numba',
 )
-READ_AT_IMPORT = ('LD_', 'NUMBA_', 'PYTHON', 'TORCH_', 'TORCHINDUCTOR_', 'TRITON_')
+READ_AT_IMPORT = ('LD_', 'NUMBA_', 'PYTHON', 'TORCHINDUCTOR_', 'TRITON_')
 PR_SET_CHILD_SUBREAPER = 36
 UsualPopen = subprocess.Popen
 
@@ -139,6 +139,7 @@ def run(words, env, cwd, new_session, unbuffered):
 
 
 def main(server):
+    subprocess.Popen = Popen  # now: torch's modules take theirs from there when they are imported
     for name in MODULES:
         importlib.import_module(name)
     sys.modules['numba'].njit(lambda x: x)(1)  # loads what the first function of a process needs
