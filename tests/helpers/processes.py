@@ -2,7 +2,7 @@
 
     install()    subprocess.Popen then forks where it would start this Python, on Linux
 
-Each process that may start others has a server, a child of its that only imports and forks. What
+Each process that may start others has a server, a child that only imports and forks. What
 it forks becomes the child of the process that asked, by double forking, and runs the script on top
 of an otherwise empty stack, so that it ends as any other Python does. The script's own
 subprocess.Popen forks likewise. A command that sets an option of Python, preexec_fn, or a variable
