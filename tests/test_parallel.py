@@ -228,15 +228,13 @@ def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(
 
 
 def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_path, monkeypatch):
-    with monkeypatch.context() as usual:  # once as its user starts it
-        usual.setattr(subprocess, 'Popen', processes.UsualPopen)
-        process = torchrun(2, tmp_path, dataset, '--learning_rat=1')
-    status, out, err = finish(process)
+    status, out, err = finish(torchrun(2, tmp_path, dataset, '--learning_rat=1'))
     assert status != 0 and err.count('error: ') == 1, err
     status, out, err = finish(torchrun(2, tmp_path, dataset, '--gradient_accumulation_steps=3'))
     assert err.count('error: ') == 1 and 'choose a multiple of 2' in err
     assert not list(tmp_path.iterdir())
 
+    monkeypatch.setattr(subprocess, 'Popen', processes.UsualPopen)  # as its user starts it
     process = torchrun(2, tmp_path, dataset, '--max_iters=100000', '--checkpoint_interval=10')
     for line in process.stdout:
         if line.startswith(

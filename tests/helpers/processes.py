@@ -2,7 +2,7 @@
 
     install()    subprocess.Popen then forks where it would start this Python, on Linux
 
-Each process that may start others has a server, a child of its that only imports and forks. What
+Each process that may start others has a server, a child that only imports and forks. What
 it forks becomes the child of the process that asked, by double forking, and runs the script on top
 of an otherwise empty stack, so that it ends as any other Python does. The script's own
 subprocess.Popen forks likewise. A command that sets an option of Python, preexec_fn, or a variable
@@ -29,7 +29,7 @@ MODULES = (
     'torch.distributed.tensor',
     'numba',
 )
-READ_AT_IMPORT = ('LD_', 'NUMBA_', 'PYTHON', 'TORCH_', 'TORCHINDUCTOR_', 'TRITON_')
+READ_AT_IMPORT = ('LD_', 'NUMBA_', 'PYTHON', 'TORCHINDUCTOR_', 'TRITON_')
 PR_SET_CHILD_SUBREAPER = 36
 UsualPopen = subprocess.Popen
 
@@ -126,7 +126,8 @@ def run(words, env, cwd, new_session, unbuffered):
         sys.modules['torch'].set_num_threads(int(env['OMP_NUM_THREADS']))
     script = words[0]
     sys.argv = words[words[0] == '-m' :]
-    sys.path[0] = '' if script in ('-c', '-m') else os.path.dirname(os.path.abspath(script))
+    places = {'-c': '', '-m': os.getcwd()}
+    sys.path[0] = places.get(script, os.path.dirname(os.path.abspath(script)))
     if script == '-c':
         del sys.argv[1]
         exec(compile(words[1], '<string>', 'exec'), {'__name__': '__main__'})
@@ -138,6 +139,7 @@ def run(words, env, cwd, new_session, unbuffered):
 
 
 def main(server):
+    subprocess.Popen = Popen  # now: torch's modules take theirs from there when they are imported
     for name in MODULES:
         importlib.import_module(name)
     sys.modules['numba'].njit(lambda x: x)(1)  # loads what the first function of a process needs
