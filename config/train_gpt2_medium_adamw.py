@@ -17,7 +17,7 @@ gradient_accumulation_steps = 5 * 8
 
 learning_rate = 1e-3
 min_lr = 1e-4
-warmup_iters = 2000
+warmup_iters = 5000
 max_iters = 200000
 lr_decay_iters = max_iters
 

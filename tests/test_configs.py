@@ -41,6 +41,10 @@ def test_the_config_trains(script, dataset, tmp_path, name, monkeypatch):
 @pytest.mark.parametrize('name', [n for n in CONFIGS if n.startswith('train_gpt2')])
 def test_gpt2_configs_take_the_papers_number_of_tokens(name):
     settings = {}
-    exec(Path('config', name).read_text(), {'warmup_iters': 2000}, settings)
+    exec(Path('config', name).read_text(), {}, settings)
     sequences = settings['batch_size'] * settings['gradient_accumulation_steps']
     assert sequences * settings['block_size'] == 491520
+    if 'cpr' in name:  # Figure 3 of the CPR paper
+        assert settings['warmup_iters'] == 5000
+    if name == 'train_gpt2_cpr_ws.py':
+        assert settings['kappa_init_param'] == 2 * settings['warmup_iters']
