@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 from runtime.errors import border
 
@@ -96,10 +96,93 @@ def test_a_full_disk_below_standard_output_is_one_line(size):
     assert err.count('\n') == 1
 
 
-@pytest.mark.parametrize('command', [['-c', PRINT.format(size=100_000)], ['plot.py', '--help']])
+@pytest.mark.parametrize(
+    'command', [['-c', PRINT.format(size=100_000)], ['plot.py', '--help'], ['train.py', '--help']]
+)
 def test_a_reader_that_has_gone_ends_a_script_without_a_word(command):
     reader, writer = os.pipe()
     os.close(reader)
     status, err = written_to(writer, *command)
     os.close(writer)
     assert (status, err) == (141, '')
+
+
+@pytest.fixture
+def refused_by_train(script, dataset, tmp_path):
+    """Return refused(arguments), which runs train.py and returns its one `error:` line."""
+
+    def run(*arguments):
+        settings = (
+            *TINY,
+            f'--dataset={dataset}',
+            f'--out_dir={tmp_path / "out"}',
+            '--init_from=auto',
+        )
+        outcome = script('train.py', *settings, *arguments)
+        assert outcome.status == 2, outcome.out
+        assert outcome.err.startswith('error: ') and outcome.err.count('\n') == 1, outcome.err
+        return outcome.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'argument, says',
+    [
+        ('--batch_size=9999999999', 'not enough memory'),
+        ('--block_size=9999999999', 'block_size'),
+        ('--n_embd=99999999998', 'not enough memory'),
+        ('--warmup_iters=1' + 400 * '0', 'warmup_iters must be less than 2**63'),
+        ('--optimizer=adamcpr --reg_step_size=1' + 30 * '0', 'reg_step_size must be less than'),
+        ('--optimizer=adamcpr --kappa_init_param=1' + 400 * '0', 'must be a finite number'),
+        ('--max_iters=1' + 5000 * '0', 'max_iters'),
+        ('--dataset=' + 300 * 'x', 'File name too long'),
+        ('--dataset=a\0b', 'null byte'),
+        ('--out_dir=' + 5000 * 'x', 'File name too long'),
+        ('--out_dir=a\0b', 'null byte'),
+        ('--out_dir=a\ud800b', 'surrogates not allowed'),
+        ('--init_from=' + 5000 * 'x', 'init_from'),
+        (5000 * 'x' + '.py', 'no config file'),
+        ('.', 'no config file'),
+    ],
+    ids=lambda x: x[:40].encode('ascii', 'replace').decode(),
+)
+def test_a_setting_that_the_system_refuses_is_one_line_of_train_py(
+    refused_by_train, argument, says
+):
+    assert says in refused_by_train(*argument.split(' '))
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'raise BaseException',
+        'raise GeneratorExit',
+        'import sys; sys.exit(0)',
+        'batch_size = 10**5000',
+        'learning_rate = 10**5000',
+        'def f(): f()\nf()',
+        'x = ' + 5000 * '[',
+        '\0',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_config_file_that_goes_wrong_is_one_line_of_train_py(refused_by_train, tmp_path, text):
+    (tmp_path / 'wrong.py').write_text(text)
+    refused_by_train(tmp_path / 'wrong.py')
+
+
+def test_a_config_file_in_other_letters_is_one_line_of_train_py(refused_by_train, tmp_path):
+    (tmp_path / 'wrong.py').write_bytes(b'batch_size = 1  # \xff')
+    assert 'utf-8' in refused_by_train(tmp_path / 'wrong.py')
+
+
+@pytest.mark.parametrize('iteration', ['null', '"three"', '[1]', 5000 * '[' + 5000 * ']', '1e999'])
+def test_a_damaged_log_is_one_line_of_train_py_or_none(script, dataset, tmp_path, iteration):
+    settings = *TINY, f'--dataset={dataset}', f'--out_dir={tmp_path}', '--init_from=auto'
+    assert script('train.py', *settings).status == 0
+    with open(tmp_path / 'log.jsonl', 'a') as f:
+        f.write(f'{{"kind": "train", "iter": {iteration}}}\n')
+    outcome = script('train.py', *settings, '--max_iters=10')
+    assert outcome.status in (0, 2) and 'Traceback' not in outcome.err
+    assert outcome.err.count('error: ') == outcome.err.count('\n') == outcome.status // 2
