@@ -175,6 +175,7 @@ if optimizer == 'adamwn' and wn_scope == 'tensor':
     opt.set_ratios(wn_ratios)  # not those of the run that is resumed
 
 
+# ---- schedules, evaluation, checkpoints, batches
 def learning_rate_at(iteration):
     """Linear warm-up, then a cosine down to min_lr."""
     if not decay_lr:
@@ -213,9 +214,7 @@ def estimate_loss():
 def save():
     """Write the checkpoint of iteration iter_num in the background."""
     run = dict(iter_num=iter_num, best_val_loss=best_val_loss, config=settings)
-    run.update(model_args=model.config.model_args(), init_norms=init_norms)
-    run.update(scaler=scaler.state_dict(), loss_average=watch.average)
-    writer.save(model, opt, {**run, 'skipped_steps': opt.skipped_steps.item()})
+    writer.save(model, opt, scaler, init_norms=init_norms, loss_average=watch.average, **run)
 
 
 def micro_batch(i):

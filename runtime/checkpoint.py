@@ -93,9 +93,14 @@ class Writer:
         # the writing threads need a group that training does not use
         self.group = torch.distributed.new_group(backend='gloo') if sharded else None
 
-    def save(self, model, opt, run):
-        """Copy the tensors to host memory, then write them and the dict `run` in the background."""
+    def save(self, model, opt, scaler, **run):
+        """Copy the tensors to host memory, then write them and `run` in the background.
+
+        run: iter_num, best_val_loss, config, init_norms, loss_average.
+        """
         self.wait()
+        run |= {'model_args': model.config.model_args(), 'scaler': scaler.state_dict()}
+        run['skipped_steps'] = opt.skipped_steps.item()
         state, is_first = opt.state_dict(), self.ranks.rank == 0
         if self.group is None:
             tensors = {'model': model.state_dict(keep_vars=True), 'optimizer': state}
@@ -298,7 +303,7 @@ RIGHT = {  # what the entries of a checkpoint must be; an exception says no too
     'model_args': lambda x: all(isinstance(name, str) for name in x.keys()),
     'config': lambda x: all(isinstance(name, str) for name in x.keys()),
     'model': lambda x: all(map(torch.is_tensor, x.values())),
-    'optimizer': lambda x: all(isinstance(state, dict) for state in x['state'].values()),
+    'optimizer': lambda x: all(isinstance(state, dict) for state in x.get('state', {}).values()),
     'iter_num': _is_count,
     'best_val_loss': lambda x: _number(x) >= 0,
     'init_norms': lambda x: _are_finite(x.values()),
@@ -320,9 +325,10 @@ def _wrong_in(checkpoint, tensors):
             right = False
         if not right:
             return f'has a wrong {key}'
-    for i, state in checkpoint.get('optimizer', {'state': {}})['state'].items():
+    for i, state in checkpoint.get('optimizer', {}).get('state', {}).items():
         shape = getattr(state.get('exp_avg'), 'shape', None)
-        for key, x in state.items():
+        missing = dict.fromkeys(MOMENTS if 'step' in state else ())
+        for key, x in {**missing, **state}.items():
             right = x.shape == shape or x.numel() == 1 if torch.is_tensor(x) else key not in MOMENTS
             if not right or key == 'step' and not _are_finite([x]):
                 return f'has a wrong {key} of parameter {i}'

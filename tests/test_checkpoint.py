@@ -35,6 +35,7 @@ def test_what_was_saved_is_loaded(saved, tmp_path):
     assert loaded.keys() == saved.keys() and loaded['loss_average'] == (0.1, 0.2)
     for key in ('init_norms', 'skipped_steps', 'loss_average', 'scaler'):  # nanoGPT has none
         del saved[key]
+    saved['optimizer'] = {}  # left out to save room
     saved['best_val_loss'] = torch.tensor(2.5)  # nanoGPT's is a tensor
     checkpoint.save(tmp_path / 'ckpt.pt', saved)
     assert checkpoint.load(tmp_path / 'ckpt.pt').keys() == saved.keys()
@@ -63,7 +64,6 @@ WRONG = [
     ('model_args', {1: 2}),
     ('model', {'transformer.wte.weight': 'x'}),
     ('optimizer', None),
-    ('optimizer', {}),
     ('optimizer', {'state': [1]}),
     ('optimizer', {'state': {0: 1}}),
 ]
