@@ -406,7 +406,12 @@ def restore(saved, settings, opt, scaler):
 
 
 def save_folder(path, saved, model):
-    """Write what load_model() returned as a folder. Raises OSError if it cannot be written."""
+    """Write what load_model() returned as a folder.
+
+    Raises OSError if it cannot be written, ValueError if it has no optimizer state.
+    """
+    if not saved.get('optimizer'):
+        raise ValueError('it has no optimizer state')
     run = {key: x for key, x in saved.items() if key != 'optimizer'}
     run['param_groups'] = saved['optimizer']['param_groups']
     with replacing(path) as temporary:

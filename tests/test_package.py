@@ -169,7 +169,9 @@ def test_the_page_has_every_argument_and_its_default(name):
                 if not names.strip().startswith('or '):
                     values = ast.literal_eval(f'({defaults},)')
                     told.update(zip(names.replace(' ', '').split(','), values, strict=True))
-    for cls in getattr(nanonorm, name).__mro__[:2]:
+    for cls in getattr(nanonorm, name).__mro__[1::-1]:  # a class has the last word
         parameters = inspect.signature(cls.__init__).parameters
         true |= {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    if true['order'] is None:  # AdamW and AdamH have only one
+        del true['order']
     assert told == true

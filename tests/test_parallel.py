@@ -252,13 +252,13 @@ def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_pat
 
 # Triton's interpreter takes seconds a case: one of each function and order, the rest when asked to
 SOME = ['cpr l2 before', 'cpr std before', 'cpr std after', 'cpr l1 before', 'cpr huber after']
-SOME += ['wn global after']
+SOME += ['wn global after', 'h']
 
 
 @pytest.mark.parametrize(
     'impl, count, names, tolerance',
     [
-        ('torch', 4, [], 0.0),
+        ('torch', 4, [], 2e-6),  # sums over shards round otherwise
         ('numba', 4, [], 2e-4),
         ('triton', 2, SOME, 2e-4),
         pytest.param('triton', 4, [], 2e-4, marks=pytest.mark.slow),
@@ -270,7 +270,7 @@ def test_optimizers_update_dtensors_as_they_do_whole_tensors(impl, count, names,
     command = 'tests/helpers/sharded_worker.py', impl, *names
     lines = work(count, *command, TRITON_INTERPRET='1').splitlines()
     worst = {name: float(value) for name, value in (line.rsplit(': ', 1) for line in lines)}
-    assert worst.keys() == set(names) if names else len(worst) == 17
+    assert worst.keys() == set(names) if names else len(worst) == 18
     assert max(worst.values()) <= tolerance, worst
 
 

@@ -178,11 +178,12 @@ def same_bits(a, b):
 
 def assert_same_state(a, b):
     """Two optimizers remember the same, bit for bit (nan, an unset kappa, equals nan)."""
-    states = a.state_dict()['state'].values(), b.state_dict()['state'].values()
-    for x, y in zip(*states, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            torch.testing.assert_close(x[name], y[name], rtol=0, atol=0, equal_nan=True)
+    a, b = (optimizer.state_dict()['state'] for optimizer in (a, b))
+    assert a.keys() == b.keys()
+    for i in a:
+        assert a[i].keys() == b[i].keys()
+        for name in a[i]:
+            torch.testing.assert_close(a[i][name], b[i][name], rtol=0, atol=0, equal_nan=True)
 
 
 def assert_close(a, b, tol=2e-6):

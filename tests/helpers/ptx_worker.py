@@ -31,7 +31,7 @@ def touches(kernel, arguments):
     behind += [(f'grad {j}', g, False) for j, g in enumerate(grads)]
     for name, moments in (('exp_avg', t.exp_avgs), ('exp_avg_sq', t.exp_avg_sqs)):
         known = [(f'{name} {j}', m, True) for j, m in enumerate(moments) if m is not None]
-        behind += known if kernel == '_adam' else []
+        behind += [(n, m, w and kernel == '_adam') for n, m, w in known]
     return {'sums'} & arguments.keys(), behind
 
 
