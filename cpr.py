@@ -187,11 +187,10 @@ class NormAdam(Optimizer):
             finite.append(self.grad_norm < math.inf)
             if self.max_grad_norm > 0:
                 factors.append((self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1))
-        one = torch.ones((), device=device)
-        proceed = reduce(torch.logical_and, finite, one.bool())
+        proceed = reduce(torch.logical_and, finite or [torch.ones((), device=device).bool()])
         self.skipped_steps = self.skipped_steps.to(device)
         self.skipped_steps += ~proceed
-        return reduce(torch.mul, factors, one), proceed
+        return reduce(torch.mul, factors or [torch.ones((), device=device)]), proceed
 
     def _decide(self, buckets):
         """Fill in d_j and shift_j of the tensors that this step corrects."""
@@ -322,17 +321,21 @@ class AdamCPR(NormAdam):
         bounded, method = b.active & kappa_set, group['kappa_init_method']
 
         # kappa_j <- R_j when it is due (section 4.2): a bound from the next step on
-        if method in ('warm_start', 'inflection_point'):
+        due = None
+        if method == 'warm_start':
             # the step that R stems from is in order 'before' the last one
-            warm = b.state['step'] >= group['kappa_init_param'] + (self.order == 'before')
-            due = b.active & ~kappa_set & (warm if method == 'warm_start' else self.slows_down(b))
+            due = b.state['step'] >= group['kappa_init_param'] + (self.order == 'before')
+        elif method == 'inflection_point':
+            due = self.slows_down(b)
+        if due is not None:
+            due = due & b.active & ~kappa_set
             kappa.copy_(torch.where(due, R, kappa))
             kappa_set |= due
 
         # lambda_j <- max(0, lambda_j + mu / n_j * (R_j - kappa_j))   (Algorithm 1, line 6)
         excess = (R - kappa) if std else (R - kappa) / b.numel
-        raised = (lagmul + group['kappa_update'] * excess).clamp(min=0)
-        lagmul.copy_(torch.where(bounded, raised, lagmul))
+        raised = (lagmul + group['kappa_update'] * excess).clamp(min=0).float()
+        torch.where(bounded, raised, lagmul, out=lagmul)
 
         # theta_j <- theta_j - lambda_j * grad R_j(theta_j)           (line 7)
         decay = lagmul * b.lr if group['reg_by_lr'] else lagmul  # 0 where there is no bound
@@ -343,7 +346,7 @@ class AdamCPR(NormAdam):
         return decay, decay * b.mean if std else None
 
     def slows_down(self, b):
-        """Which R_j grow, but less than they did: Kappa-IP's detector (section 4.2).
+        """Which R_j grow, but less than they did; None: none. Kappa-IP's detector (section 4.2).
 
         An average of R_j with decay reg_ema_decay, bias-corrected as Adam's are, is looked at every
         reg_step_size steps. At the inflection a positive growth is larger than the one after it, by
@@ -351,11 +354,11 @@ class AdamCPR(NormAdam):
         """
         step, every, beta = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
         ema, last, growth = b.state['ema'], b.state['ema_last'], b.state['ema_growth']
-        alpha = ((1 - beta) / (1 - beta ** step.to(b.R))).masked_fill(~b.active, 0)
-        ema.lerp_(b.R, alpha)  # the corrected average itself
+        alpha = (1 - beta) / (1 - beta ** step.to(b.R))
+        ema.lerp_(b.R, torch.where(b.active, alpha, b.zero))  # the corrected average itself
         look = b.active & (step % every == 0)
         if look.is_cpu and not look.any():  # a GPU would have to be waited for
-            return look
+            return None
         grown = ema - last  # nan at the first look: no comparison with it holds
         rounding = 16 * torch.finfo(torch.float32).eps * ema
         slower = look & (step >= 4 * every) & (growth > 0) & (grown < growth - rounding)

@@ -94,7 +94,8 @@ class Bucket:
             return True
         waiting = (p for p, s in zip(self.params, self.started, strict=True) if not s)
         starts = any(p.grad is not None for p in waiting) and not is_capturing(self.device)
-        return starts or self.tensors.have_moved(self.params)
+        params = map(local, self.params) if self.sharded else self.params
+        return starts or self.tensors.have_moved(params)
 
     def set_grads(self):
         """Take the gradients of this step; start the parameters that have their first. Any?"""
@@ -113,7 +114,7 @@ class Bucket:
                 self._start(j)
         if self.sharded:
             pairs = zip(self.params, grads, strict=True)
-            grads = [g if g is None else dtensor.sharded_like(p, g) for p, g in pairs]
+            grads = [g if g is None else local(dtensor.sharded_like(p, g)) for p, g in pairs]
         self.tensors.set_grads(grads)
         if is_capturing(self.device):
             self.tensors.captured.append(self.has_grad)

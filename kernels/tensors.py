@@ -20,15 +20,17 @@ class Tensors:
         self._places, self.captured = [(p.data_ptr(), p.numel()) for p in self.params], []
 
     def have_moved(self, params):
-        return self._places != [(p.data_ptr(), p.numel()) for p in map(local, params)]
+        return self._places != [(p.data_ptr(), p.numel()) for p in params]
 
     def set_moments(self, j, exp_avg, exp_avg_sq):
         self.exp_avgs[j], self.exp_avg_sqs[j] = local(exp_avg), local(exp_avg_sq)
 
     def set_grads(self, grads):
         """Take the gradients of a step; copy those of another dtype or layout than the weight's."""
-        pairs = zip(self.params, grads, strict=True)
-        self.grads = [g if g is None else as_laid_out(p, local(g), p.dtype) for p, g in pairs]
+        self.grads = list(grads)
+        for j, (p, g) in enumerate(zip(self.params, grads, strict=True)):
+            if g is not None and (g.dtype != p.dtype or g.stride() != p.stride()):
+                self.grads[j] = as_laid_out(p, g, p.dtype)
 
 
 class Table(Tensors):

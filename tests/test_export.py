@@ -209,7 +209,10 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_se
     for arguments, says in (
         (('export.py', tmp_path / 'out'), 'TARGET'),
         (('export.py', tmp_path / 'out', tmp_path / 'hf', '--to=onnx'), "'onnx'"),
-        (('export.py', tmp_path / 'out', tmp_path / 'hf', '--to=folder'), 'it has no optimizer state'),
+        (
+            ('export.py', tmp_path / 'out', tmp_path / 'hf', '--to=folder'),
+            'it has no optimizer state',
+        ),
         (('export.py', tmp_path / 'nowhere', tmp_path / 'hf'), 'no checkpoint'),
         (('export.py', tmp_path / 'out', tmp_path / 'there'), 'is there already'),
         (('export.py', tmp_path / 'out', tmp_path / 'taken'), 'taken.tmp is there already'),
