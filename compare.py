@@ -15,8 +15,8 @@ The AdamWN paper trains with AdamW, then with AdamWN to the norms that AdamW end
     python compare.py config/train_char_adamw.py 'config/train_char_wn.py --wn_from={1}' ...
 
 Each run is one `python train.py`, in OUT/runs. A finished run is kept. An interrupted run resumes
-from its checkpoint. The results are OUT/report.md, three pictures, results.jsonl with one JSON
-object a run, and made.jsonl with the place and date of each run.
+from its checkpoint. The results are OUT/report.md and three pictures, OUT/runs/results.jsonl with
+one JSON object a run, and OUT/runs/made.jsonl with the place and date of each run.
 
 The best of many configs is lower by luck. With --halves the choice is made on one half of the
 validation text and reported on the other: each run's final checkpoint is evaluated over the first
@@ -383,7 +383,8 @@ def main(argv):
     check_settings(runs)
 
     missing = [run for run in runs if not is_finished(run)]
-    made = os.path.join(args.out, 'made.jsonl')
+    folder = os.path.join(args.out, 'runs')
+    made = os.path.join(folder, 'made.jsonl')
     if missing:
         jobs = min(args.jobs or len(visible_gpus()) or os.cpu_count(), len(missing))
         where = environment(jobs)
@@ -409,7 +410,7 @@ def main(argv):
             run.result.update(halves_of(run))
 
     results = ''.join(runlog.line(run.result) for run in runs)
-    write(os.path.join(args.out, 'results.jsonl'), results.encode())
+    write(os.path.join(folder, 'results.jsonl'), results.encode())
     pictures = report.draw(configs, args.out)
     path = os.path.join(args.out, 'report.md')
     text = report.text(configs, args.out, argv, pictures, read_made(made), args.halves)

@@ -250,7 +250,7 @@ def text(configs, out, arguments, pictures, made, halves=False):
         '```',
         '',
         f'Runs that are in {os.path.join(out, "runs")} already are kept. '
-        'results.jsonl has the command of each.',
+        'runs/results.jsonl has the command of each.',
         '',
         '## Made on',
         '',

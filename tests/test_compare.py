@@ -38,7 +38,7 @@ def results(out):
     """Return {(config, seed): line of results.jsonl}, without its place and speed."""
     elsewhere = ('out_dir', 'ms', 'tokens_per_s', 'command')
     found = {}
-    for line in map(json.loads, (out / 'results.jsonl').read_text().splitlines()):
+    for line in map(json.loads, (out / 'runs' / 'results.jsonl').read_text().splitlines()):
         run = line['config'], line['seed']
         found[run] = {k: v for k, v in line.items() if k not in elsewhere}
     return found
@@ -183,7 +183,7 @@ def test_pictures_call_the_configs_by_what_tells_them_apart():
 
 def test_every_number_is_that_of_a_train_py_run(recipe, script, tmp_path):
     out, _ = recipe
-    for line in map(json.loads, (out / 'results.jsonl').read_text().splitlines()):
+    for line in map(json.loads, (out / 'runs' / 'results.jsonl').read_text().splitlines()):
         entries = runlog.read(line['out_dir'])
         assert line['val_losses'] == {
             str(e['iter']): e['val_loss'] for e in entries if e['kind'] == 'eval'
@@ -230,12 +230,14 @@ def test_a_run_from_anothers_checkpoint_waits_until_it_is_finished(tmp_path, dat
     process = start(out, ADAMW, onwards, *common)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    first, second = (json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (out / 'runs' / 'results.jsonl').read_text().splitlines()
+    )
     assert second['val_losses'] == {'8': first['final_val_loss'], '12': first['final_val_loss']}
 
     _, err = start(out, ADAMW, f'--init_from={tmp_path}/ckpt.pt', *common).communicate()
     assert 'made with init_from=scratch, not init_from=' in err
-    (out / 'made.jsonl').write_text('{"out_dir": "cut o')
+    (out / 'runs' / 'made.jsonl').write_text('{"out_dir": "cut o')
     assert start(out, ADAMW, *common).wait() == 0
     assert 'not recorded' in (out / 'report.md').read_text()
 
@@ -274,7 +276,7 @@ def kept(recipe, tmp_path, monkeypatch, capsys):
     """
     out = tmp_path / 'kept'
     shutil.copytree(recipe[0] / 'runs' / 'train_char_adamw', out / 'runs' / 'train_char_adamw')
-    shutil.copy(recipe[0] / 'made.jsonl', out)
+    shutil.copy(recipe[0] / 'runs' / 'made.jsonl', out / 'runs')
     monkeypatch.chdir(ROOT)
 
     def call(*arguments):
@@ -322,13 +324,13 @@ def test_a_damaged_entry_of_a_log_is_left_out_with_a_word(kept, change):
 
 def test_a_damaged_made_jsonl_is_left_out(kept):
     out, call = kept
-    whole = json.loads((out / 'made.jsonl').read_text().splitlines()[0])
+    whole = json.loads((out / 'runs' / 'made.jsonl').read_text().splitlines()[0])
     out_dirs = [str(path) for path in sorted((out / 'runs').glob('*/*'))]
     lines = ['7', '[]', 'null', '{"out_dir": []}', '[' * 100000, '\xff', '{"date": 7}']
     for gpus in (None, [7], 'x'):
         lines.append(json.dumps({**whole, 'out_dir': out_dirs[0], 'gpus': gpus}))
     lines.append(json.dumps({**whole, 'out_dir': out_dirs[1], 'date': 'a sunny day'}))
-    (out / 'made.jsonl').write_text('\n'.join(lines))
+    (out / 'runs' / 'made.jsonl').write_text('\n'.join(lines))
     assert call()[0] == 0
     text = (out / 'report.md').read_text()
     assert '- not recorded' in text and '- a sunny day' in text and 'nanoNorm at' in text
@@ -349,7 +351,7 @@ def test_the_halves_of_val_bin_make_up_the_final_loss(kept, dataset, monkeypatch
     assert status == 0, err
     targets = (dataset / 'val.bin').stat().st_size // 2 - 1
     first = targets // 16 // 2 * 16  # whole blocks
-    lines = [json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / 'runs' / 'results.jsonl').read_text().splitlines()]
     for line in lines:
         nats = first * line['val_loss_choose'] + (targets - first) * line['val_loss_report']
         assert nats / targets == pytest.approx(line['final_val_loss'], abs=1e-6)
