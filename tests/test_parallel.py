@@ -120,6 +120,8 @@ def same_run(out_dir, other):
             known, wanted = (
                 {k: v for k, v in t.items() if k not in unset} for t in (tensor, theirs[i][name])
             )
+            angles = known.pop('angle', 0), wanted.pop('angle', 0)  # of rounded norms
+            assert angles[0] == pytest.approx(angles[1], rel=1e-2)
             assert known == pytest.approx(wanted, rel=1e-4, abs=1e-7), (i, name)
     kinds = [e['kind'] for e in runlog.read(str(out_dir))]
     assert [kinds.count(kind) for kind in ('train', 'eval', 'norms')] == [50, 3, 26]
