@@ -40,7 +40,7 @@ checkpoint_interval = 0  # iterations between two additional checkpoints; 0: non
 sharded_checkpoint = False  # torchrun: write folders ckpt-ITERATION, a file a process, not ckpt.pt
 keep_checkpoints = 2  # the newest is ckpt.pt; ckpt.1.pt, ... are used where that is damaged
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (if possible), 'gpt2*', a checkpoint's path
-norm_log_interval = 100  # iterations between two records of every tensor's norm, kappa and lambda
+norm_log_interval = 100  # iterations between two records of every matrix's norm, kappa and lambda
 loss_spike = 2.0  # the log marks a loss over this multiple of its running average; 0.0: none
 max_skipped_steps = 100  # stop after so many steps in a row without a finite gradient; 0: never
 # charts
@@ -77,7 +77,7 @@ reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
 kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
 reg_step_size = 200  # inflection_point: steps between two looks at the growth
 reg_ema_decay = 0.99  # inflection_point: of the moving average that is looked at
-reg_embedding = False  # bound the embeddings too
+reg_embedding = False  # bound wte, which is also the output layer, and wpe
 reg_by_lr = False  # multiply the correction by the learning rate
 # AdamWN
 wn_ratio = 1.0  # target norm over the norm at the start, reached at the end of the ramp
@@ -102,7 +102,7 @@ seed = 1337  # of the initial weights and of the batches
 # ----
 border_from_here()  # what the system or a file refuses becomes one `error:` line
 settings, given = configure(globals())
-limits = {
+limits = {  # of the settings, new ones included
     '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval '
     'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd reg_step_size',
     '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps '
@@ -150,9 +150,9 @@ if init_from == 'scratch':
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
     model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes))
 
-compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)
+compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)  # the gradients stay with `model`
 params = dict(model.named_parameters())
-matrices = {name: p for name, p in params.items() if p.dim() >= 2}
+matrices = {name: p for name, p in params.items() if p.dim() >= 2}  # and embeddings
 init_norms = norms_of(matrices)
 
 # ---- optimizer, and what a checkpoint says of it
@@ -301,14 +301,14 @@ while True:
             scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
     if iter_num % norm_log_interval == 0:
-        before = {name: p.detach().clone() for name, p in matrices.items()}
-    scaler.step(opt)  # clips, and skips the step where a gradient is not finite
+        old_weights = {name: p.detach().clone() for name, p in matrices.items()}
+    scaler.step(opt)  # clips; skips gradients that are not finite; leaves alone what has none
     scaler.update()
 
     # log
     if iter_num % norm_log_interval == 0:
-        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms, before))
-        del before  # a copy of the weights
+        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms, old_weights))
+        del old_weights
     if iter_num % log_interval == 0:
         loss = ranks.sum(loss_sum).item() / ranks.world_size  # waits for the device
         ms = clock.lap(iter_num + 1) * 1e3
