@@ -322,6 +322,7 @@ def evaluate_halves(run):
     from data.tokens import TokenData, to_device
     from runtime import checkpoint
     from runtime.device import setup
+    from runtime.distributed import Ranks
 
     path, settings = os.path.join(run.out_dir, 'ckpt.pt'), run.settings
     remedy = f'leave --halves out, or delete {run.out_dir}, and this command makes that run again'
@@ -339,15 +340,18 @@ def evaluate_halves(run):
     middle = (len(tokens) - 1) // block_size // 2 * block_size
     if middle == 0:
         fail(f'{folder}/val.bin has no two blocks of {block_size} tokens; leave --halves out')
+
+    @torch.no_grad()
+    def loss_of(x, y):
+        x, y = to_device((x, y), rt.device)
+        with rt.autocast():
+            return model(x, y)[1]
+
     losses = {}
     for key, half in zip(report.HALVES, (tokens[: middle + 1], tokens[middle:]), strict=True):
         data.splits['val'] = half
-        nats = 0.0
-        for batch in data.sequential('val', settings['batch_size']):
-            x, y = to_device(batch, rt.device)
-            with torch.no_grad(), rt.autocast():
-                nats += model(x, y)[1].item() * y.numel()
-        losses[key] = report.finite_or_inf(nats / (len(half) - 1))
+        batches = data.sequential('val', settings['batch_size'])
+        losses[key] = report.finite_or_inf(Ranks().mean_loss(batches, loss_of))
     return losses
 
 

@@ -4,11 +4,11 @@ With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, all four are one update 
 
     theta_j <- (1 - d_j) * theta_j - s_j * u_j
 
-A rule decides d_j (AdamH s_j, too, which is lr elsewhere): it is a class here with a method
-`decide`. A pass goes over memory: it is a function of kernels/, in Triton (gpu.py), Numba (cpu.py)
-and PyTorch operations (plain.py). With order='before' d_j is decided from theta before the Adam
-update, whose sums the pass that wrote it has left, and one pass does it all. With order='after' it
-is decided from the Adam-updated theta, which a second pass corrects. AdamH decides between the two
+A rule is a class here. Its method `decide` computes d_j. s_j is lr; AdamH's `decide` computes it,
+too. A pass is a function of kernels/ that goes over memory: in Triton (gpu.py), Numba (cpu.py) and
+PyTorch operations (plain.py). With order='before' a rule decides from theta before the Adam update,
+whose sums the previous step's pass has left, and one pass does it all. With order='after' it
+decides from the Adam-updated theta, and a second pass corrects that. AdamH decides between the two
 halves of Adam's pass. On an accelerator no step after the first waits for the device.
 """
 
@@ -230,7 +230,7 @@ class AdamW(NormAdam):
         lr, betas, eps: Adam's; lr is a number or a one-element tensor.
         weight_decay: per step and unit of learning rate.
         max_grad_norm, impl: see NormAdam.
-    All three raise ValueError for an argument out of range, TypeError for an unknown one.
+    All optimizers raise ValueError for an argument out of range, TypeError for an unknown one.
     """
 
     needs_R, orders = False, ('before',)
@@ -250,8 +250,8 @@ class AdamCPR(NormAdam):
         theta_j  <- theta_j - lambda_j * grad R_j(theta_j) - lr * u_j
 
     Args, under pytorch_cpr.AdamCPR's names:
-        params: as AdamW's. Of a module are regularized the tensors of two or more dimensions but
-            norms', biases and, unless reg_embedding, embeddings and what is tied to them.
+        params: as AdamW's. In a module, tensors of two or more dimensions have a bound, except
+            those of norms, biases and, without reg_embedding, embeddings and weights tied to them.
         kappa_init_method: where kappa_j comes from. 'uniform' (Kappa-K): kappa_init_param.
             'dependent' (Kappa-kI0): kappa_init_param * R_j at the start. 'warm_start' (Kappa-WS):
             R_j after kappa_init_param steps. 'inflection_point' (Kappa-IP): R_j when its growth

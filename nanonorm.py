@@ -8,7 +8,7 @@ Installed, this file is nanonorm/__init__.py, with cpr.py and kernels/ beside it
 import os
 import sys
 
-__version__ = '0.1.0'
+__version__ = '1.0.0.dev0'  # CHANGELOG.md
 __path__ = [os.path.dirname(__file__)]
 
 from nanonorm.cpr import AdamCPR, AdamH, AdamW, AdamWN  # noqa: E402  (found by __path__)

@@ -1,6 +1,7 @@
-# A small GPT on the characters of Python's standard library, with AdamH. 3 minutes on 2 CPU cores.
+# A small GPT on the characters of Python's standard library, with AdamH.
 # It holds the norm of each weight matrix. At the peak of the schedule a step's length is
-# adamh_step_scale * learning_rate = 2 % of that norm.
+# adamh_step_scale * learning_rate = 2 % of that norm. It ended at a validation loss of 1.51, and
+# config/train_char_adamw.py, whose norms grow to 3 times the start, at 1.33 (one seed).
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_char_h.py

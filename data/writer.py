@@ -121,7 +121,7 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
         meta = {**tokenizer.meta, 'source': source, 'dtype': dtype.name, **tokens}
         _commit(folder, meta, tokenizer.vocabulary)
     except KeyboardInterrupt:
-        next_time = 'starts anew' if fingerprint is None else 'goes on from here'
+        next_time = 'starts again' if fingerprint is None else 'resumes here'
         print(f'\ninterrupted; the same command {next_time}', file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except ValueError:  # the text is wrong: the same call cannot resume

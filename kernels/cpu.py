@@ -160,5 +160,5 @@ def _totals(t, sums):
 def _run(function, t, *arguments):
     arguments = [x.numpy() if torch.is_tensor(x) else x for x in arguments]
     table = t.chunks.numpy(), t.addresses.numpy()
-    work = t.numel >> 3 if function is _sums else t.numel  # a sum is cheap: a thread would not pay
+    work = t.numel >> 3 if function is _sums else t.numel  # waking a thread takes longer
     share(function, len(t.chunks), work, table, *arguments)

@@ -62,7 +62,7 @@ def moments_(t, coefficients, hyper, proceed):
     """The first half of `adam_`: m and v. 24 bytes a parameter in gpu.py and cpu.py.
 
     Returns sum(theta^2), sum(theta * u) and sum(u^2) of each tensor, (3, n) float64, where u is
-    m / (sqrt(v) / sqrt(1 - beta2^t) + eps). 0 without a gradient.
+    m / (sqrt(v) / sqrt(1 - beta2^t) + eps). Without a gradient they mean nothing.
     """
     sums = []
     tensors = zip(t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, coefficients, strict=True)

@@ -286,7 +286,7 @@ def test_no_room_for_the_copy_of_the_text_is_not_the_texts_fault(tmp_path, bpe_f
     assert outcome.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
 
 
-def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
+def test_ctrl_c_says_that_the_same_command_resumes(prepare, tmp_path, monkeypatch):
     path = write_parquet(tmp_path / 'a.parquet', TEXTS)
 
     def interrupted(*_):
@@ -295,7 +295,7 @@ def test_ctrl_c_says_that_it_will_go_on(prepare, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr('data.writer._commit', interrupted)
         status, err = prepare('openwebtext', '--data_files', path)
-    assert status == 130 and 'the same command goes on' in err and 'Traceback' not in err
+    assert status == 130 and 'the same command resumes here' in err and 'Traceback' not in err
     assert prepare('openwebtext', '--data_files', path) == (0, '')
 
 
