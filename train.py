@@ -59,6 +59,7 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm layers, as in GPT-2
+init_std = 0.02  # standard deviation of the initial weights; 0.02 is GPT-2's
 # optimizer
 optimizer = 'adamw'  # 'adamcpr' bounds each weight norm, 'adamwn' steers it, 'adamh' holds it
 learning_rate = 6e-4  # the highest of the schedule
@@ -106,8 +107,8 @@ limits = {  # of the settings, new ones included
     '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval '
     'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd reg_step_size',
     '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps '
-    'max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update wn_ratio '
-    'wn_ramp_iters adamh_step_scale warmup_iters lr_decay_iters seed',
+    'init_std max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update '
+    'wn_ratio wn_ramp_iters adamh_step_scale warmup_iters lr_decay_iters seed',
     'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
     'in [0, 1]': 'wn_rate',
     'one of adamw adamcpr adamwn adamh': 'optimizer',
@@ -145,10 +146,9 @@ block_size = settings['block_size']
 
 data = TokenData(os.path.join('data', dataset), block_size, model and model.config.vocab_size)
 if init_from == 'scratch':
-    # GPT-2's 50257 tokens, rounded up to a multiple of 64
-    vocab_size = data.meta['vocab_size'] if data.meta else 50304
+    vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257, rounded up
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes))
+    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes), init_std)
 
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)  # the gradients stay with `model`
 params = dict(model.named_parameters())

@@ -13,9 +13,9 @@ from model import GPT, GPTConfig
 TINY = dict(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8)
 
 
-def tiny(seed=0, **changes):
+def tiny(seed=0, init_std=0.02, **changes):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(**{**TINY, **changes})).eval()
+    return GPT(GPTConfig(**{**TINY, **changes}), init_std).eval()
 
 
 def tokens(*shape):
@@ -65,11 +65,12 @@ def test_token_embeddings_and_output_layer_are_one_parameter():
     assert 'lm_head.weight' not in dict(model.named_parameters())
 
 
-def test_initial_weights_have_gpt2s_standard_deviations():
-    model = tiny(n_embd=128, n_layer=8, vocab_size=256)
+@pytest.mark.parametrize('init_std', [0.02, 0.06])  # 0.02 is GPT-2's
+def test_initial_weights_have_the_standard_deviation_asked_for(init_std):
+    model = tiny(init_std=init_std, n_embd=128, n_layer=8, vocab_size=256)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            expected = 0.02 / math.sqrt(2 * 8) if name.endswith('c_proj.weight') else 0.02
+            expected = init_std / math.sqrt(2 * 8) if name.endswith('c_proj.weight') else init_std
             assert p.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(p.mean().item()) < 0.05 * expected, name
         else:
