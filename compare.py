@@ -15,7 +15,7 @@ The AdamWN paper trains with AdamW, then with AdamWN to the norms that AdamW end
     python compare.py config/train_char_adamw.py 'config/train_char_wn.py --wn_from={1}' ...
 
 Each run is one `python train.py`, in OUT/runs. A finished run is kept. An interrupted run resumes
-from its checkpoint. The results are OUT/report.md and three pictures, OUT/runs/results.jsonl with
+from its checkpoint. The results are OUT/report.md and its pictures, OUT/runs/results.jsonl with
 one JSON object a run, and OUT/runs/made.jsonl with the place and date of each run.
 
 The best of many configs is lower by luck. With --halves the choice is made on one half of the

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib.figure import Figure  # instead of pyplot, which looks for a display
@@ -64,6 +64,7 @@ class Run:
     style: dict  # colour and dash of its lines, the same in every picture
     config: dict  # its settings, {} if the log has none
     entries: dict  # {kind: {iter: entry}}; if the log has an iteration twice, the later line
+    bounded: list = field(default_factory=list)  # for each bounded tensor, where its bound was set
 
     def series(self, kind, key, tensor=None):
         """Return (iterations, values) of `key`, two arrays of the same length.
@@ -111,7 +112,11 @@ def run_of(entries, name, style):
     words = re.split('[^a-z0-9]+', name.lower())
     if optimizer and optimizer not in words and optimizer.removeprefix('adam') not in words:
         name = f'{name} ({OPTIMIZERS.get(optimizer, optimizer)})'
-    return Run(printable(name), style, config, by_kind)
+    run = Run(printable(name), style, config, by_kind)
+    for tensor in run.tensors():
+        iters, kappa = run.series('norms', 'kappa', tensor)
+        run.bounded += [*iters[np.isfinite(kappa)][:1]]
+    return run
 
 
 def load_all(out_dirs):
@@ -251,7 +256,8 @@ STEP = {'step': 'step length / weight norm', 'angle': 'turn by a step (degrees)'
 def norms_figure(runs, panels):
     """Draw a panel for each {key of 'norms': its label}: RATIO or STEP.
 
-    It shows all tensors together and, for a single run, each tensor.
+    It shows all tensors together and, for a single run, each tensor. Ticks on the line of the ratio
+    show where AdamCPR set the bounds.
     """
     figure = Figure(figsize=(8, 4.5 if len(panels) == 1 else 5.2))
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
@@ -269,7 +275,13 @@ def norms_figure(runs, panels):
             if len(runs) > 1:
                 style = {**run.style, 'label': f'{last}   {run.name}'}
             draw(ax, iters, values, **style)
+            if key == 'ratio':
+                ticks = {'linestyle': '', 'marker': '|', 'markersize': 12, 'zorder': 3}
+                heights = np.interp(run.bounded, iters, values)
+                ax.plot(run.bounded, heights, **ticks, color=style['color'])
         handles, _ = ax.get_legend_handles_labels()
+        if key == 'ratio' and any(run.bounded for run in runs):
+            handles.append(Line2D([], [], **ticks, color=GREY, label='bound of a tensor set'))
         if len(runs) > 1:
             ax.legend(handles=handles, title=f'{key} at the end', alignment='left')
     if len(runs) == 1:

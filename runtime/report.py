@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from runtime import figures
 
@@ -292,14 +293,19 @@ def mean_run(config, label, style):
     """Return the mean over a config's seeds as a figures.Run."""
     runs = [figures.run_of(run.entries, config.name, style) for run in config.runs]
     entries = {}
-    averaged = {'train': ['loss'], 'eval': ['val_loss', 'train_loss'], 'norms': ['ratio']}
+    averaged = {
+        'train': ['loss'],
+        'eval': ['val_loss', 'train_loss'],
+        'norms': ['ratio', 'step', 'angle'],
+    }
     for kind, keys in averaged.items():
         common = set.intersection(*(set(run.entries.get(kind, {})) for run in runs))
         for i in sorted(common):
             values = {key: [run.entries[kind][i].get(key) for run in runs] for key in keys}
             means = {key: None if None in v else statistics.fmean(v) for key, v in values.items()}
             entries.setdefault(kind, {})[i] = means
-    return figures.Run(label, style, runs[0].config, entries)
+    bounded = [i for run in runs for i in run.bounded]
+    return figures.Run(label, style, runs[0].config, entries, bounded)
 
 
 def final_figure(configs):
@@ -328,6 +334,72 @@ def final_figure(configs):
     return figure
 
 
+TUNED = {  # the setting that each rule has besides the learning rate
+    'adamw': 'weight_decay',
+    'adamcpr': 'kappa_init_param',
+    'adamwn': 'wn_ratio',
+    'adamh': 'adamh_step_scale',
+}
+
+
+def untuned(settings):
+    """Name the variant of a rule that does without the setting in TUNED, None if it uses that."""
+    if settings['optimizer'] == 'adamwn' and settings['wn_from']:
+        return 'norms of another run'
+    if settings['optimizer'] == 'adamcpr' and settings['kappa_init_method'] == 'inflection_point':
+        return 'Kappa-IP, embeddings too' if settings['reg_embedding'] else 'Kappa-IP'
+    return None
+
+
+def tuning_figure(configs):
+    """Plot the final loss over each rule's own setting: a panel a rule, a line a learning rate.
+
+    Horizontal lines are the variants that `untuned` names. Returns None if no rule has several
+    values of its setting.
+    """
+    settings = {config: config.runs[0].settings for config in configs}
+    rates = sorted({s['learning_rate'] for s in settings.values()})
+    colours = dict(zip(rates, itertools.cycle(figures.COLOURS)))
+    tried = {}  # {rule: values of its setting}
+    for s in settings.values():
+        if not untuned(s):
+            tried.setdefault(s['optimizer'], set()).add(s[TUNED[s['optimizer']]])
+    tried = {rule: sorted(values) for rule, values in tried.items() if len(values) > 1}
+    if not tried:
+        return None
+    figure = Figure(figsize=(2 + 2.2 * len(tried), 3.6))
+    axes = figure.subplots(1, len(tried), sharey=True, squeeze=False)[0]
+    for ax, (rule, values) in zip(axes, tried.items(), strict=True):
+        lines, dashes = {}, {}  # lines: {learning rate: {position of the value: lowest loss}}
+        for config, s in settings.items():
+            if s['optimizer'] != rule:
+                continue
+            loss, rate, variant = config.mean('final_val_loss'), s['learning_rate'], untuned(s)
+            if variant:
+                dash = dashes.setdefault(variant, ('--', ':')[len(dashes) % 2])
+                ax.axhline(loss, color=colours[rate], linestyle=dash, linewidth=1.4)
+            else:
+                line = lines.setdefault(rate, {})
+                position = values.index(s[TUNED[rule]])
+                line[position] = min(loss, line.get(position, math.inf))
+        for rate, line in lines.items():
+            ax.plot(*zip(*sorted(line.items()), strict=True), color=colours[rate], marker='o')
+        handles = [
+            Line2D([], [], color=figures.GREY, linestyle=dash, linewidth=1.4, label=variant)
+            for variant, dash in dashes.items()
+        ]
+        if handles:
+            ax.legend(handles=handles, fontsize=8)
+        ax.set_xticks(range(len(values)), [f'{value:g}' for value in values])
+        ax.set_xlabel(TUNED[rule])
+        ax.set_title(figures.OPTIMIZERS[rule])
+        ax.margins(x=0.1)
+    axes[0].set_ylabel('final validation loss')
+    handles = [Line2D([], [], color=colours[r], marker='o', label=f'{r:g}') for r in rates]
+    figure.legend(handles=handles, title='learning rate', loc='outside right upper')
+    return figure
+
+
 @matplotlib.rc_context({**figures.STYLE, 'savefig.dpi': 100})  # small files for the repository
 def draw(configs, out):
     """Write the pictures to `out` and return {file name: caption}."""
@@ -352,6 +424,13 @@ def draw(configs, out):
     if all(run.entries.get('norms') for run in runs):
         drawn['ratio.png'] = figures.norms_figure(runs, figures.RATIO)
         captions['ratio.png'] = f'norm ratio, {caption}'
+    if all(run.has_steps() for run in runs):
+        drawn['step.png'] = figures.norms_figure(runs, figures.STEP)
+        captions['step.png'] = f'length of a step over the weight norm, and its turn, {caption}'
+    tuning = tuning_figure(configs)
+    if tuning:
+        drawn['tuning.png'] = tuning
+        captions['tuning.png'] = "final validation loss over each rule's own setting"
     for name, figure in drawn.items():
         figures.save(figure, os.path.join(out, name))
     return captions

@@ -64,11 +64,13 @@ def recipe(dataset, tmp_path_factory):
 def finished(tmp_path):
     """Return finished(name, val_losses of a seed, ...), which makes a Config with these logs."""
 
-    def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None):
+    def make(name, *val_losses, optimizer='adamw', ratio=2.0, ms=10.0, mfu=None, **changes):
         config = report.Config([f'config/{name}.py'], name)
         speed = {'ms': ms, 'tokens_per_s': 2e4 / ms, 'mfu': mfu}
+        defaults, _ = compare.configure(compare.train_settings()[0], [])
+        settings = {**defaults, 'optimizer': optimizer, **changes}
         for seed, losses in enumerate(val_losses, 1):
-            settings = {'optimizer': optimizer, 'max_iters': 100 * len(losses) - 100}
+            settings['max_iters'] = 100 * len(losses) - 100
             entries = [{'kind': 'config', 'config': settings}]
             entries += [{'kind': 'train', 'iter': i, 'loss': 1.0, **speed} for i in range(3)]
             for i, loss in enumerate(losses):
@@ -77,7 +79,8 @@ def finished(tmp_path):
             entries.append({'kind': 'norms', 'iter': 0, 'ratio': 1.0, 'tensors': {}})
             entries.append({'kind': 'norms', 'iter': 100, 'ratio': ratio, 'tensors': {}})
             out_dir = write_log(tmp_path / name / str(seed), entries)
-            run = report.Run(seed, out_dir, [f'config/{name}.py'], entries=runlog.read(out_dir))
+            run = report.Run(seed, out_dir, [f'config/{name}.py'], settings=settings)
+            run.entries = runlog.read(out_dir)
             run.result = report.result_of(run, config)
             config.runs.append(run)
         return config
@@ -170,6 +173,35 @@ def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(
     assert all((tmp_path / name).exists() for name in captions)
 
 
+def test_the_tuning_picture_has_a_line_a_learning_rate_over_the_setting_of_each_rule(finished):
+    def config(optimizer, rate, **settings):
+        name = f'{optimizer} {rate} {settings}'
+        loss = rate + sum(settings.values())
+        return finished(name, [4.0, loss], optimizer=optimizer, learning_rate=rate, **settings)
+
+    grid = [config('adamw', rate, weight_decay=d) for rate in (0.1, 0.2) for d in (1.0, 0.5, 0.0)]
+    single = config('adamh', 0.1, adamh_step_scale=1.0)
+    (ax,) = report.tuning_figure([*grid, single]).axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == ['0', '0.5', '1']
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.1, 0.6, 1.1], [0.2, 0.7, 1.2]]
+
+    inflection = config('adamcpr', 0.1)  # has no setting to tune
+    chosen = [
+        finished(
+            f'ws {steps}',
+            [3.0],
+            optimizer='adamcpr',
+            kappa_init_method='warm_start',
+            kappa_init_param=steps,
+            learning_rate=0.1,
+        )
+        for steps in (50.0, 100.0)
+    ]
+    (_, ax) = report.tuning_figure([*grid, inflection, *chosen]).axes
+    assert [line.get_linestyle() for line in ax.lines] == ['--', '-']
+    assert report.tuning_figure([inflection, single]) is None
+
+
 def test_pictures_call_the_configs_by_what_tells_them_apart():
     for names, labels in (
         (
@@ -210,8 +242,9 @@ def test_the_report_names_all_commands_pictures_and_the_machine(recipe):
     command = text.split('```')[1].replace('\\\n', '')
     given = [*arguments, '--jobs=2', f'--out={out}', *SMALL]
     assert shlex.split(command) == ['python', 'compare.py', *given]
-    pictures = list(out.glob('*.png'))
-    assert len(pictures) == 3 and all(f'({path.name})' in text for path in pictures)
+    pictures = sorted(path.name for path in out.glob('*.png'))
+    assert pictures == ['final.png', 'loss.png', 'ratio.png', 'step.png']
+    assert all(f'({name})' in text for name in pictures)
     assert 'torch' in text and 'not recorded' not in text
 
 

@@ -254,9 +254,18 @@ def test_the_loss_picture_has_each_run_and_its_final_validation_loss(runs):
 
 def test_the_ratio_picture_has_every_tensor_of_one_run_and_the_totals_of_several(runs):
     (ax,) = figures.norms_figure(figures.load_all(runs[:1]), figures.RATIO).axes
-    assert len(ax.lines) == 1 + 3
+    assert len([line for line in ax.lines if line.get_linestyle() == '-']) == 1 + 3
     (ax,) = figures.norms_figure(figures.load_all(runs), figures.RATIO).axes
-    assert len(ax.lines) == 3
+    assert len([line for line in ax.lines if line.get_linestyle() == '-']) == 3
+
+
+def test_the_ratio_picture_marks_where_bounds_were_set(runs):
+    (ax,) = figures.norms_figure(figures.load_all(runs), figures.RATIO).axes
+    marked = [line for line in ax.lines if line.get_marker() == '|' and finite_points(line)]
+    assert [(line.get_color(), list(line.get_xdata())) for line in marked] == [
+        (figures.VERMILLION, [500, 500])  # two tensors of the AdamCPR run
+    ]
+    assert {*marked[0].get_ydata()} == {1.5}
 
 
 def test_the_step_picture_has_length_and_angle_where_the_log_has_them(tmp_path):
