@@ -1,6 +1,7 @@
 # The smallest GPT of results/equilibrium, with AdamW: 28,000 parameters, 250 characters of Python's
-# standard library for each of them, one minute on a CPU core. Weight decay has the time here to
-# balance what the steps add to the norms. The other config/train_mini_*.py differ only in the rule.
+# standard library for each of them, one minute on a CPU core. So many characters an iteration and
+# such high rates that weight decay balances what the steps add to the norms within the run. The
+# other config/train_mini_*.py differ only in the rule.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_adamw.py
@@ -8,10 +9,10 @@ out_dir = 'out-mini-adamw'
 wandb_project = 'mini'
 wandb_run_name = 'mini-adamw'
 optimizer = 'adamw'
-weight_decay = 0.1
+weight_decay = 0.3
 
 dataset = 'pystdlib_char'
-batch_size = 64
+batch_size = 256
 block_size = 64
 gradient_accumulation_steps = 1
 
@@ -19,16 +20,16 @@ n_layer = 2
 n_head = 2
 n_embd = 32
 
-learning_rate = 4e-3
-min_lr = 4e-4
-warmup_iters = 100
-max_iters = 1750
+learning_rate = 6e-2
+min_lr = 6e-3
+warmup_iters = 25
+max_iters = 437
 lr_decay_iters = max_iters
-beta2 = 0.99  # few tokens an iteration: average the squares over more of them
+beta2 = 0.99
 
-eval_interval = 350
+eval_interval = 50
 eval_iters = 40
-log_interval = 25
-norm_log_interval = 25
+log_interval = 5
+norm_log_interval = 5
 keep_checkpoints = 1
 compile = False  # takes longer than it saves here

@@ -1,0 +1,34 @@
+# The smallest GPT of results/equilibrium, with AdamCPR and Kappa-WS: bounds are the norms after
+# kappa_init_param iterations.
+#
+#     python data/pystdlib_char/prepare.py
+#     python train.py config/train_mini_cpr_ws.py
+out_dir = 'out-mini-cpr-ws'
+wandb_project = 'mini'
+wandb_run_name = 'mini-cpr-ws'
+optimizer = 'adamcpr'
+kappa_init_method = 'warm_start'
+kappa_init_param = 50  # twice the warm-up
+
+dataset = 'pystdlib_char'
+batch_size = 256
+block_size = 64
+gradient_accumulation_steps = 1
+
+n_layer = 2
+n_head = 2
+n_embd = 32
+
+learning_rate = 6e-2
+min_lr = 6e-3
+warmup_iters = 25
+max_iters = 437
+lr_decay_iters = max_iters
+beta2 = 0.99
+
+eval_interval = 50
+eval_iters = 40
+log_interval = 5
+norm_log_interval = 5
+keep_checkpoints = 1
+compile = False  # takes longer than it saves here

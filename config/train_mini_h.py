@@ -1,0 +1,34 @@
+# The smallest GPT of results/equilibrium, with AdamH. The initial weights are as wide as GPT-2's are
+# for its width: their standard deviation is 0.02 * sqrt(768 / 32).
+#
+#     python data/pystdlib_char/prepare.py
+#     python train.py config/train_mini_h.py
+out_dir = 'out-mini-h'
+wandb_project = 'mini'
+wandb_run_name = 'mini-h'
+optimizer = 'adamh'
+adamh_step_scale = 0.5  # 3 % of the norm at the peak of the schedule
+init_std = 0.1
+
+dataset = 'pystdlib_char'
+batch_size = 256
+block_size = 64
+gradient_accumulation_steps = 1
+
+n_layer = 2
+n_head = 2
+n_embd = 32
+
+learning_rate = 6e-2
+min_lr = 6e-3
+warmup_iters = 25
+max_iters = 437
+lr_decay_iters = max_iters
+beta2 = 0.99
+
+eval_interval = 50
+eval_iters = 40
+log_interval = 5
+norm_log_interval = 5
+keep_checkpoints = 1
+compile = False  # takes longer than it saves here

@@ -1,0 +1,33 @@
+# The smallest GPT of results/equilibrium, with AdamWN.
+#
+#     python data/pystdlib_char/prepare.py
+#     python train.py config/train_mini_wn.py
+out_dir = 'out-mini-wn'
+wandb_project = 'mini'
+wandb_run_name = 'mini-wn'
+optimizer = 'adamwn'
+wn_ratio = 8.0
+wn_ramp_iters = 109  # a quarter of the run
+
+dataset = 'pystdlib_char'
+batch_size = 256
+block_size = 64
+gradient_accumulation_steps = 1
+
+n_layer = 2
+n_head = 2
+n_embd = 32
+
+learning_rate = 6e-2
+min_lr = 6e-3
+warmup_iters = 25
+max_iters = 437
+lr_decay_iters = max_iters
+beta2 = 0.99
+
+eval_interval = 50
+eval_iters = 40
+log_interval = 5
+norm_log_interval = 5
+keep_checkpoints = 1
+compile = False  # takes longer than it saves here
