@@ -204,10 +204,20 @@ class GPT(nn.Module):
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
         wpe.num_embeddings = block_size
 
+    def weights(self, vectors=False):
+        """Return {name: parameter} of the matrices, embeddings included.
+
+        vectors: LayerNorm's weights, too. Biases are left out: they start at zero, and a norm of
+        zero has no ratios.
+        """
+        named = ((name, p) for name, p in self.named_parameters() if name.endswith('.weight'))
+        return {name: p for name, p in named if vectors or p.dim() >= 2}
+
     def configure_optimizer(self, settings, wn_ratio):
         """Return the optimizer that `settings`, train.py's, ask for.
 
-        wn_ratio: AdamWN's target. Raises ValueError if a setting is out of range.
+        wn_ratio: AdamWN's target, of the matrices and, with wn_vectors, of LayerNorm's weights.
+        Raises ValueError if a setting is out of range.
         """
         s = SimpleNamespace(**settings)
         common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), impl=s.impl)
@@ -217,7 +227,11 @@ class GPT(nn.Module):
         if s.optimizer == 'adamw':
             return AdamW(self, weight_decay=s.weight_decay, **common)
         if s.optimizer == 'adamwn':
-            return AdamWN(self, rate=s.wn_rate, ratio=wn_ratio, scope=s.wn_scope, **common)
+            adamwn = AdamWN(self, rate=s.wn_rate, ratio=wn_ratio, scope=s.wn_scope, **common)
+            if s.wn_vectors:
+                steered, group = {*self.weights(vectors=True).values()}, adamwn.param_groups[1]
+                group['regularize'] = [p in steered for p in group['params']]
+            return adamwn
         if s.optimizer == 'adamh':
             return AdamH(self, step_scale=s.adamh_step_scale, **common)
         return AdamCPR(

@@ -85,6 +85,7 @@ wn_ratio = 1.0  # target norm over the norm at the start, reached at the end of 
 wn_rate = 1e-2  # k: the share of the way to the target that a step goes
 wn_ramp_iters = 2500  # iterations over which the target goes from 1 to wn_ratio
 wn_scope = 'tensor'  # steer each tensor's norm, or 'global': the joint norm
+wn_vectors = False  # also steer, and in any run log, the norms of LayerNorm weights
 wn_from = ''  # out_dir of a finished run: its final ratios, one a tensor, in place of wn_ratio
 # AdamH
 adamh_step_scale = 10.0  # a held tensor's step over its norm, per unit of learning rate
@@ -151,16 +152,15 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes), init_std)
 
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)  # the gradients stay with `model`
-params = dict(model.named_parameters())
-matrices = {name: p for name, p in params.items() if p.dim() >= 2}  # and embeddings
-init_norms = norms_of(matrices)
+weights = model.weights(wn_vectors)  # whose norms are logged
+init_norms = norms_of(weights)
 
 # ---- optimizer, and what a checkpoint says of it
 wn_ratios = {}  # AdamWN's targets of single tensors
 if wn_from:
     wn_ratio, ratios = final_ratios(wn_from, init_norms)
     if wn_scope == 'tensor':
-        wn_ratios = {params[name]: ratio for name, ratio in ratios.items()}
+        wn_ratios = {weights[name]: ratio for name, ratio in ratios.items()}
 opt = model.configure_optimizer(settings, wn_ratio)
 scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
 watch = Watch(loss_spike)
@@ -277,7 +277,7 @@ while True:
     if save_now and iter_num > first_iter and (finished or not watch.in_a_row):
         save()
     if finished:
-        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms))
+        log.write('norms', iter=iter_num, **norm_entry(opt, weights, init_norms))
         break
 
     # schedules
@@ -301,13 +301,13 @@ while True:
             scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
     if iter_num % norm_log_interval == 0:
-        old_weights = {name: p.detach().clone() for name, p in matrices.items()}
+        old_weights = {name: p.detach().clone() for name, p in weights.items()}
     scaler.step(opt)  # clips; skips gradients that are not finite; leaves alone what has none
     scaler.update()
 
     # log
     if iter_num % norm_log_interval == 0:
-        log.write('norms', iter=iter_num, **norm_entry(opt, matrices, init_norms, old_weights))
+        log.write('norms', iter=iter_num, **norm_entry(opt, weights, init_norms, old_weights))
         del old_weights
     if iter_num % log_interval == 0:
         loss = ranks.sum(loss_sum).item() / ranks.world_size  # waits for the device

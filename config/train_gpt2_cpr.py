@@ -2,8 +2,9 @@
 # when the norm's growth slows down; nothing to tune. 491,520 tokens an iteration, one GPU of 80 GB.
 # The schedule is that of the CPR paper (arXiv 2311.09058): 5,000 steps of warm-up (Figure 3), 200k
 # in all. It reports perplexity 17.96, and with AdamW 18.23 after 200k steps and 18.04 after 300k
-# (Figure 1). AdamW with this schedule is config/train_gpt2_adamw.py with --warmup_iters=5000
-# --max_iters=200000 --lr_decay_iters=200000.
+# (Figure 1), with other settings than these: docs/papers.md has the commands. AdamW with this
+# schedule is config/train_gpt2_adamw.py with --warmup_iters=5000 --max_iters=200000
+# --lr_decay_iters=200000.
 #
 #     python train.py config/train_gpt2_cpr.py
 out_dir = 'out-gpt2-cpr'

@@ -376,8 +376,8 @@ def restore(saved, settings, opt, scaler):
     Fails if it is not of this model or, unless switch_optimizer is set, of another optimizer. Of
     another only Adam's part is kept.
     """
-    before = {'optimizer': 'adamw', **saved['config']}  # nanoGPT has no such setting
-    of_state = ['optimizer']  # the settings that the state depends on
+    before = {'optimizer': 'adamw', 'wn_vectors': False, **saved['config']}  # nanoGPT has neither
+    of_state = ['optimizer', 'wn_vectors']  # the settings that the state depends on
     if settings['optimizer'] == 'adamcpr':
         of_state += ['kappa_init_method', 'reg_function', 'reg_embedding']
         if settings['kappa_init_method'] in ('uniform', 'dependent'):

@@ -5,7 +5,8 @@
 config   the settings
 train    iter, loss, lr, grad_norm, ms, tokens_per_s, mfu, skipped_steps; `spike` if Watch saw one
 eval     iter, train_loss, val_loss
-norms    iter, ratio, step, angle, tensors: {name: {norm, ratio, step, angle, kappa, lagmul}}.
+norms    iter, ratio, step, angle, tensors: {name: {norm, ratio, step, angle, kappa, lagmul}},
+         of matrices, embeddings included, and with wn_vectors of LayerNorm's weights.
          step: the length of the next step over the norm; angle: how far it turns, in degrees
 damaged  iter, path and reason of an unreadable checkpoint, used: the one read in its place
 
@@ -103,12 +104,12 @@ def final_ratios(out_dir, names):
     Fails if its log has no norms, norms of others than the tensors `names`, or no finite ones.
     """
     norms = [entry for entry in read_sound(out_dir) if entry['kind'] == 'norms']
-    problem = f'the run in {out_dir}'
+    problem, remedy = f'the run in {out_dir}', 'train both with the same n_layer and wn_vectors'
     if not norms:
         fail(f'{problem} recorded no norms; train it again with --norm_log_interval=100')
     tensors = norms[-1]['tensors']
     if tensors.keys() != set(names):
-        fail(f'{problem} has other tensors than this one; train both with the same n_layer')
+        fail(f'{problem} logged the norms of other tensors than this one; {remedy}')
     ratios = {name: of_tensor.get('ratio') for name, of_tensor in tensors.items()}
     for ratio in (norms[-1]['ratio'], *ratios.values()):
         if ratio is None or not _is_number(ratio):

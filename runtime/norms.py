@@ -20,6 +20,7 @@ def norm_entry(opt, params, init_norms, before=None):
     params: {name: parameter}. before: {name: tensor} before the optimizer's last step, whose norms
     and step are then returned; else the norms of `params`. init_norms: {name: norm} at the start.
     """
+    init_norms = {name: init_norms[name] for name in params}
     after = norms_of(params)
     norms = norms_of(before) if before else after
     steps = norms_of({name: params[name] - x for name, x in before.items()}) if before else {}

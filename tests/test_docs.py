@@ -31,6 +31,7 @@ CHECKED_ONLY = {  # a part of the command: why it does not run
     '../nanoGPT': 'has no checkpoint of nanoGPT',
     'bench.py': 'measures for minutes',
     'compare.py': 'starts a process for each run',
+    'plot.py results/cpr_figure1': 'draws runs of compare.py; test_papers.py runs it',
     'scripts/compare_parallel.py': 'takes minutes',
     '-m ': 'a package, not a script of ours',
     'ckpt-000100': 'needs several processes',

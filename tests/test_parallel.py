@@ -138,6 +138,16 @@ def test_a_run_is_the_same_on_any_number_of_processes(alone, dataset, tmp_path, 
     assert out.count('iter 49:') == 1
 
 
+def test_wn_vectors_steers_sharded_vectors(dataset, tmp_path):
+    steered = '--wn_vectors=True', '--wn_ratio=1.3', '--wn_rate=1.0', '--wn_ramp_iters=4'
+    arguments = '--optimizer=adamwn', *steered, '--parallel=fsdp', '--max_iters=6'
+    status, _, err = finish(torchrun(2, tmp_path, dataset, *arguments))
+    assert status == 0, err
+    ratios = {n: t['ratio'] for n, t in values(tmp_path, 'norms', 'tensors')[6].items()}
+    assert 'transformer.ln_f.weight' in ratios
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.3), rel=1e-5)
+
+
 def test_an_evaluation_gives_the_same_number_on_any_number_of_processes(alone, dataset, tmp_path):
     command = [
         sys.executable,

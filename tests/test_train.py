@@ -242,6 +242,53 @@ def test_wn_from_takes_the_ratio_of_every_tensor_from_a_finished_run(train, tmp_
     assert entries(tmp_path / 'wn', 'norms')[-1]['ratio'] == pytest.approx(total, rel=1e-4)
 
 
+VECTORS = '--optimizer=adamwn', '--wn_vectors=True', '--bias=True', '--wn_ratio=1.3'
+
+
+def test_wn_vectors_steers_layernorm_weights_and_leaves_biases_free(train, tmp_path):
+    schedule = '--wn_rate=1.0', '--wn_ramp_iters=4'
+    train(*VECTORS, *schedule)
+    ratios = final_ratios(tmp_path / 'out')
+    assert sum('.ln_' in name for name in ratios) == 5
+    assert [*ratios.values()] == pytest.approx([1.3] * len(ratios), rel=1e-5)
+    model = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['model']
+    biases = {name: p for name, p in model.items() if name.endswith('.bias')}
+    assert len(biases) == 13 and all(p.any() for p in biases.values())
+
+    train(*VECTORS, *schedule, '--wn_vectors=False', out='free')
+    assert not any('.ln_' in name for name in final_ratios(tmp_path / 'free'))
+    free = checkpoint.load(tmp_path / 'free' / 'ckpt.pt')['model']['transformer.ln_f.weight']
+    assert free.norm().item() != pytest.approx(1.3 * 16**0.5, rel=0.05)
+
+
+def test_wn_vectors_only_adds_norms_to_the_log_of_another_optimizer(train, tmp_path):
+    for vectors in (True, False):
+        train(f'--wn_vectors={vectors}', out=f'{vectors}')
+    assert losses(tmp_path / 'True') == losses(tmp_path / 'False')
+    ours, theirs = (final_ratios(tmp_path / out) for out in ('True', 'False'))
+    assert {name for name in ours if '.ln_' not in name} == theirs.keys() < ours.keys()
+
+
+def test_wn_from_takes_the_ratios_of_vectors_from_a_run_that_logged_them(train, tmp_path):
+    train('--wn_vectors=True', '--bias=True', '--max_iters=20')
+    steered = *VECTORS, '--wn_rate=1.0', '--wn_ramp_iters=4', f'--wn_from={tmp_path / "out"}'
+    train(*steered, out='wn')
+    wanted, reached = (final_ratios(tmp_path / out) for out in ('out', 'wn'))
+    assert reached == pytest.approx(wanted, rel=1e-4)
+    bad(train(*steered, '--wn_vectors=False', out='other'), 'wn_vectors')
+
+
+def test_wn_vectors_stays_as_it_is_when_a_run_resumes(train, tmp_path):
+    train(*VECTORS)
+    resumed = *VECTORS, '--init_from=resume', '--max_iters=10', '--wn_vectors=False'
+    bad(train(*resumed), 'wn_vectors=True, not wn_vectors=False')
+    assert train(*resumed, '--switch_optimizer=True').status == 0
+    entry = entries(tmp_path / 'out', 'norms')[-1]
+    total = math.hypot(*(t['norm'] for t in entry['tensors'].values()))
+    start = math.hypot(*(t['norm'] / t['ratio'] for t in entry['tensors'].values()))
+    assert entry['ratio'] == pytest.approx(total / start)
+
+
 def final_ratios(out_dir):
     return {name: t['ratio'] for name, t in entries(out_dir, 'norms')[-1]['tensors'].items()}
 
@@ -474,6 +521,7 @@ def test_tensorboard_that_is_not_installed_ends_with_one_error_line(train, tmp_p
         ('--optimizer=adamcpr', '--reg_step_size=2'),
         ('--optimizer=adamcpr', '--kappa_init_method=warm_start', '--kappa_init_param=6'),
         ('--optimizer=adamwn', '--wn_ratio=1.5', '--wn_ramp_iters=20'),
+        ('--optimizer=adamwn', '--wn_vectors=True', '--bias=True', '--wn_ratio=1.5'),
         ('--optimizer=adamh',),
         ('--optimizer=adamw', '--dropout=0.2', '--gradient_accumulation_steps=3'),
         ('--optimizer=adamw', '--dtype=float16'),
