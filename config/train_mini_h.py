@@ -1,5 +1,5 @@
-# The smallest GPT of results/equilibrium, with AdamH. The initial weights are as wide as GPT-2's are
-# for its width: their standard deviation is 0.02 * sqrt(768 / 32).
+# The smallest GPT of results/equilibrium, with AdamH. The initial weights are as wide as those of
+# GPT-2, for the width: their standard deviation is 0.02 * sqrt(768 / 32).
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_h.py
