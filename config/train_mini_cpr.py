@@ -18,9 +18,10 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
+init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
 
-learning_rate = 6e-2
-min_lr = 6e-3
+learning_rate = 3e-2
+min_lr = 3e-3
 warmup_iters = 25
 max_iters = 437
 lr_decay_iters = max_iters

@@ -1,5 +1,4 @@
-# The smallest GPT of results/equilibrium, with AdamH. The initial weights are as wide as those of
-# GPT-2, for the width: their standard deviation is 0.02 * sqrt(768 / 32).
+# The smallest GPT of results/equilibrium, with AdamH.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_h.py
@@ -7,8 +6,7 @@ out_dir = 'out-mini-h'
 wandb_project = 'mini'
 wandb_run_name = 'mini-h'
 optimizer = 'adamh'
-adamh_step_scale = 0.5  # 3 % of the norm at the peak of the schedule
-init_std = 0.1
+adamh_step_scale = 1.0  # 3 % of the norm at the peak of the schedule
 
 dataset = 'pystdlib_char'
 batch_size = 256
@@ -18,9 +16,10 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
+init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
 
-learning_rate = 6e-2
-min_lr = 6e-3
+learning_rate = 3e-2
+min_lr = 3e-3
 warmup_iters = 25
 max_iters = 437
 lr_decay_iters = max_iters

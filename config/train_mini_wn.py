@@ -6,7 +6,7 @@ out_dir = 'out-mini-wn'
 wandb_project = 'mini'
 wandb_run_name = 'mini-wn'
 optimizer = 'adamwn'
-wn_ratio = 8.0
+wn_ratio = 2.0
 wn_ramp_iters = 109  # a quarter of the run
 
 dataset = 'pystdlib_char'
@@ -17,9 +17,10 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
+init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
 
-learning_rate = 6e-2
-min_lr = 6e-3
+learning_rate = 3e-2
+min_lr = 3e-3
 warmup_iters = 25
 max_iters = 437
 lr_decay_iters = max_iters
