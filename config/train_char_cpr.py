@@ -19,6 +19,7 @@ gradient_accumulation_steps = 1
 n_layer = 4
 n_head = 4
 n_embd = 128
+init_std = 0.06  # GPT-2's 0.02 suits a width of 768; a narrow model needs more
 
 learning_rate = 4e-3  # a small model can take a high one
 min_lr = 4e-4

@@ -13,7 +13,7 @@ out_dir = 'out-char-wn'
 wandb_project = 'char'
 wandb_run_name = 'char-wn'
 optimizer = 'adamwn'
-wn_ratio = 2.0
+wn_ratio = 1.5
 wn_rate = 1e-2
 wn_ramp_iters = 250
 
@@ -25,6 +25,7 @@ gradient_accumulation_steps = 1
 n_layer = 4
 n_head = 4
 n_embd = 128
+init_std = 0.06  # GPT-2's 0.02 suits a width of 768; a narrow model needs more
 
 learning_rate = 4e-3  # a small model can take a high one
 min_lr = 4e-4
