@@ -104,11 +104,12 @@ def check(settings, limits):
     """Fail on the first setting that breaks its limit, is not finite or too large for 64 bits.
 
     limits: {limit: names of settings, separated by blanks}. A limit is '>= 1', '>= 0',
-    'in [0, 1)', 'in [0, 1]' or 'one of A B ...'.
+    '> 0', 'in [0, 1)', 'in [0, 1]' or 'one of A B ...'.
     """
     holds = {
         '>= 1': lambda x: x >= 1,
         '>= 0': lambda x: x >= 0,
+        '> 0': lambda x: x > 0,
         'in [0, 1)': lambda x: 0 <= x < 1,
         'in [0, 1]': lambda x: 0 <= x <= 1,
     }

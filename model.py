@@ -207,8 +207,8 @@ class GPT(nn.Module):
     def weights(self, vectors=False):
         """Return {name: parameter} of the matrices, embeddings included.
 
-        vectors: LayerNorm's weights, too. Biases are left out: they start at zero, and a norm of
-        zero has no ratios.
+        vectors: include LayerNorm's weights. Biases start at zero, so no ratio to their start is
+        defined.
         """
         named = ((name, p) for name, p in self.named_parameters() if name.endswith('.weight'))
         return {name: p for name, p in named if vectors or p.dim() >= 2}
@@ -229,8 +229,9 @@ class GPT(nn.Module):
         if s.optimizer == 'adamwn':
             adamwn = AdamWN(self, rate=s.wn_rate, ratio=wn_ratio, scope=s.wn_scope, **common)
             if s.wn_vectors:
-                steered, group = {*self.weights(vectors=True).values()}, adamwn.param_groups[1]
-                group['regularize'] = [p in steered for p in group['params']]
+                steered = {*self.weights(vectors=True).values()}
+                vectors = adamwn.param_groups[1]
+                vectors['regularize'] = [p in steered for p in vectors['params']]
             return adamwn
         if s.optimizer == 'adamh':
             return AdamH(self, step_scale=s.adamh_step_scale, **common)

@@ -5,9 +5,8 @@
     python train.py --help                                       all settings
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_cpr.py --init_from=auto
 
-The settings are nanoGPT's, under its names and with its defaults, and those of the optimizers.
-out_dir receives ckpt.pt (runtime/checkpoint.py) and log.jsonl (runtime/log.py). With
---init_from=auto an interrupted run resumes exactly where it stopped.
+The settings are nanoGPT's, with its names and defaults, and those of the optimizers. out_dir gets
+ckpt.pt (runtime/checkpoint.py) and log.jsonl (runtime/log.py). --init_from=auto resumes exactly.
 """
 
 import atexit
@@ -59,7 +58,7 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining, 0.1 and more for finetuning
 bias = False  # biases in Linear and LayerNorm layers, as in GPT-2
-init_std = 0.02  # standard deviation of the initial weights; 0.02 is GPT-2's
+init_std = 0.02  # standard deviation of the initial weights, as in GPT-2
 # optimizer
 optimizer = 'adamw'  # 'adamcpr' bounds each weight norm, 'adamwn' steers it, 'adamh' holds it
 learning_rate = 6e-4  # the highest of the schedule
@@ -85,7 +84,7 @@ wn_ratio = 1.0  # target norm over the norm at the start, reached at the end of 
 wn_rate = 1e-2  # k: the share of the way to the target that a step goes
 wn_ramp_iters = 2500  # iterations over which the target goes from 1 to wn_ratio
 wn_scope = 'tensor'  # steer each tensor's norm, or 'global': the joint norm
-wn_vectors = False  # also steer, and in any run log, the norms of LayerNorm weights
+wn_vectors = False  # steer LayerNorm weights as well; any optimizer then logs their norms
 wn_from = ''  # out_dir of a finished run: its final ratios, one a tensor, in place of wn_ratio
 # AdamH
 adamh_step_scale = 10.0  # a held tensor's step over its norm, per unit of learning rate
@@ -107,8 +106,9 @@ settings, given = configure(globals())
 limits = {  # of the settings, new ones included
     '>= 1': 'eval_interval keep_checkpoints log_interval norm_log_interval '
     'gradient_accumulation_steps batch_size block_size n_layer n_head n_embd reg_step_size',
+    '> 0': 'init_std',
     '>= 0': 'eval_iters fsdp_shard_size checkpoint_interval loss_spike max_skipped_steps '
-    'init_std max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update '
+    'max_iters learning_rate min_lr weight_decay grad_clip kappa_init_param kappa_update '
     'wn_ratio wn_ramp_iters adamh_step_scale warmup_iters lr_decay_iters seed',
     'in [0, 1)': 'dropout beta1 beta2 reg_ema_decay',
     'in [0, 1]': 'wn_rate',

@@ -1,8 +1,8 @@
 # GPT-2 124M on OpenWebText with AdamCPR, Kappa-IP: the norm of each weight matrix becomes its bound
 # when the norm's growth slows down; nothing to tune. 491,520 tokens an iteration, one GPU of 80 GB.
-# The schedule is that of the CPR paper (arXiv 2311.09058): 5,000 steps of warm-up (Figure 3), 200k
-# in all. It reports perplexity 17.96, and with AdamW 18.23 after 200k steps and 18.04 after 300k
-# (Figure 1), with other settings than these: docs/papers.md has the commands. AdamW with this
+# Length and warm-up are those of the CPR paper (arXiv 2311.09058): 200k steps, 5,000 of warm-up
+# (Figure 3). It reports perplexity 17.96, and for AdamW 18.23 after 200k steps and 18.04 after
+# 300k (Figure 1), with other settings than these: docs/papers.md has the commands. AdamW with this
 # schedule is config/train_gpt2_adamw.py with --warmup_iters=5000 --max_iters=200000
 # --lr_decay_iters=200000.
 #

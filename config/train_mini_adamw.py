@@ -1,7 +1,7 @@
 # The smallest GPT of results/equilibrium, with AdamW: 28,000 parameters, 250 characters of Python's
-# standard library for each of them, one minute on a CPU core. So many characters an iteration and
-# such high rates that weight decay balances what the steps add to the norms within the run. The
-# other config/train_mini_*.py differ only in the rule.
+# standard library for each of them, one minute on a CPU core. With so large a batch and so high a
+# learning rate, weight decay balances within the run what the steps add to the norms. The other
+# config/train_mini_*.py differ only in the rule.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_adamw.py
@@ -19,7 +19,7 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
-init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
+init_std = 0.1  # GPT-2's 0.02, scaled by sqrt(768 / n_embd)
 
 learning_rate = 3e-2
 min_lr = 3e-3

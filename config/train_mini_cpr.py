@@ -1,5 +1,5 @@
-# The smallest GPT of results/equilibrium, with AdamCPR and Kappa-IP. Nothing is tuned: it looks at
-# the growth of the norms every fiftieth of the run.
+# The smallest GPT of results/equilibrium, with AdamCPR and Kappa-IP, which looks at the growth of
+# the norms every fiftieth of the run.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_cpr.py
@@ -18,7 +18,7 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
-init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
+init_std = 0.1  # GPT-2's 0.02, scaled by sqrt(768 / n_embd)
 
 learning_rate = 3e-2
 min_lr = 3e-3

@@ -17,7 +17,7 @@ gradient_accumulation_steps = 1
 n_layer = 2
 n_head = 2
 n_embd = 32
-init_std = 0.1  # 0.02 * sqrt(768 / 32): as wide as GPT-2, for the width
+init_std = 0.1  # GPT-2's 0.02, scaled by sqrt(768 / n_embd)
 
 learning_rate = 3e-2
 min_lr = 3e-3

@@ -377,7 +377,9 @@ def restore(saved, settings, opt, scaler):
     another only Adam's part is kept.
     """
     before = {'optimizer': 'adamw', 'wn_vectors': False, **saved['config']}  # nanoGPT has neither
-    of_state = ['optimizer', 'wn_vectors']  # the settings that the state depends on
+    of_state = ['optimizer']  # the settings that the state depends on
+    if settings['optimizer'] == 'adamwn':
+        of_state.append('wn_vectors')
     if settings['optimizer'] == 'adamcpr':
         of_state += ['kappa_init_method', 'reg_function', 'reg_embedding']
         if settings['kappa_init_method'] in ('uniform', 'dependent'):

@@ -64,7 +64,7 @@ class Run:
     style: dict  # colour and dash of its lines, the same in every picture
     config: dict  # its settings, {} if the log has none
     entries: dict  # {kind: {iter: entry}}; if the log has an iteration twice, the later line
-    bounded: list = field(default_factory=list)  # for each bounded tensor, where its bound was set
+    bounded: list = field(default_factory=list)  # iterations at which a tensor's bound was set
 
     def series(self, kind, key, tensor=None):
         """Return (iterations, values) of `key`, two arrays of the same length.
@@ -115,7 +115,9 @@ def run_of(entries, name, style):
     run = Run(printable(name), style, config, by_kind)
     for tensor in run.tensors():
         iters, kappa = run.series('norms', 'kappa', tensor)
-        run.bounded += [*iters[np.isfinite(kappa)][:1]]
+        bounded = np.isfinite(kappa)
+        if not bounded[:1].all():  # else it had its bound from the start
+            run.bounded += [*iters[bounded][:1]]
     return run
 
 
@@ -261,6 +263,7 @@ def norms_figure(runs, panels):
     """
     figure = Figure(figsize=(8, 4.5 if len(panels) == 1 else 5.2))
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    ticks = {'linestyle': '', 'marker': '|', 'markersize': 12, 'zorder': 3}
     for ax, (key, label) in zip(axes, panels.items(), strict=True):
         iteration_axis(ax, label=ax is axes[-1])
         ax.set_ylabel(label)
@@ -275,13 +278,12 @@ def norms_figure(runs, panels):
             if len(runs) > 1:
                 style = {**run.style, 'label': f'{last}   {run.name}'}
             draw(ax, iters, values, **style)
-            if key == 'ratio':
-                ticks = {'linestyle': '', 'marker': '|', 'markersize': 12, 'zorder': 3}
+            if key == 'ratio' and run.bounded:
                 heights = np.interp(run.bounded, iters, values)
                 ax.plot(run.bounded, heights, **ticks, color=style['color'])
         handles, _ = ax.get_legend_handles_labels()
         if key == 'ratio' and any(run.bounded for run in runs):
-            handles.append(Line2D([], [], **ticks, color=GREY, label='bound of a tensor set'))
+            handles.append(Line2D([], [], **ticks, color=GREY, label="a tensor's bound is set"))
         if len(runs) > 1:
             ax.legend(handles=handles, title=f'{key} at the end', alignment='left')
     if len(runs) == 1:

@@ -334,7 +334,7 @@ def final_figure(configs):
     return figure
 
 
-TUNED = {  # the setting that each rule has besides the learning rate
+TUNED = {  # the setting to tune besides the learning rate
     'adamw': 'weight_decay',
     'adamcpr': 'kappa_init_param',
     'adamwn': 'wn_ratio',
@@ -342,60 +342,53 @@ TUNED = {  # the setting that each rule has besides the learning rate
 }
 
 
-def untuned(settings):
-    """Name the variant of a rule that does without the setting in TUNED, None if it uses that."""
+def tuned_value(settings):
+    """Return the value of the setting in TUNED, or the name of a variant that has no use for it."""
     if settings['optimizer'] == 'adamwn' and settings['wn_from']:
         return 'norms of another run'
-    if settings['optimizer'] == 'adamcpr' and settings['kappa_init_method'] == 'inflection_point':
-        return 'Kappa-IP, embeddings too' if settings['reg_embedding'] else 'Kappa-IP'
-    return None
+    if settings['optimizer'] == 'adamcpr' and settings['kappa_init_method'] != 'warm_start':
+        name = settings['kappa_init_method'].replace('inflection_point', 'Kappa-IP')
+        return f'{name} with embeddings' if settings['reg_embedding'] else name
+    return settings[TUNED[settings['optimizer']]]
 
 
 def tuning_figure(configs):
     """Plot the final loss over each rule's own setting: a panel a rule, a line a learning rate.
 
-    Horizontal lines are the variants that `untuned` names. Returns None if no rule has several
-    values of its setting.
+    It is the lowest loss of the configs that agree in both. Horizontal lines are variants without
+    that setting. Returns None if no rule has several values of its setting.
     """
-    settings = {config: config.runs[0].settings for config in configs}
-    rates = sorted({s['learning_rate'] for s in settings.values()})
-    colours = dict(zip(rates, itertools.cycle(figures.COLOURS)))
-    tried = {}  # {rule: values of its setting}
-    for s in settings.values():
-        if not untuned(s):
-            tried.setdefault(s['optimizer'], set()).add(s[TUNED[s['optimizer']]])
-    tried = {rule: sorted(values) for rule, values in tried.items() if len(values) > 1}
-    if not tried:
+    panels = {}  # {rule: {value or variant: {learning rate: loss}}}
+    for config in configs:
+        s, loss = config.runs[0].settings, config.mean('final_val_loss')
+        losses = panels.setdefault(s['optimizer'], {}).setdefault(tuned_value(s), {})
+        losses[s['learning_rate']] = min(loss, losses.get(s['learning_rate'], math.inf))
+    values = {rule: sorted(x for x in panels[rule] if not isinstance(x, str)) for rule in panels}
+    rules = [rule for rule in panels if len(values[rule]) > 1]
+    if not rules:
         return None
-    figure = Figure(figsize=(2 + 2.2 * len(tried), 3.6))
-    axes = figure.subplots(1, len(tried), sharey=True, squeeze=False)[0]
-    for ax, (rule, values) in zip(axes, tried.items(), strict=True):
-        lines, dashes = {}, {}  # lines: {learning rate: {position of the value: lowest loss}}
-        for config, s in settings.items():
-            if s['optimizer'] != rule:
-                continue
-            loss, rate, variant = config.mean('final_val_loss'), s['learning_rate'], untuned(s)
-            if variant:
-                dash = dashes.setdefault(variant, ('--', ':')[len(dashes) % 2])
-                ax.axhline(loss, color=colours[rate], linestyle=dash, linewidth=1.4)
-            else:
-                line = lines.setdefault(rate, {})
-                position = values.index(s[TUNED[rule]])
-                line[position] = min(loss, line.get(position, math.inf))
-        for rate, line in lines.items():
-            ax.plot(*zip(*sorted(line.items()), strict=True), color=colours[rate], marker='o')
-        handles = [
-            Line2D([], [], color=figures.GREY, linestyle=dash, linewidth=1.4, label=variant)
-            for variant, dash in dashes.items()
-        ]
+    rates = sorted({rate for rule in rules for losses in panels[rule].values() for rate in losses})
+    figure = Figure(figsize=(2 + 2.2 * len(rules), 3.6))
+    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    for ax, rule in zip(axes, rules, strict=True):
+        for rate, colour in zip(rates, itertools.cycle(figures.COLOURS), strict=False):
+            line = [panels[rule][value].get(rate, math.nan) for value in values[rule]]
+            ax.plot(line, color=colour, marker='o', label=f'{rate:g}')
+        variants = [x for x in panels[rule] if isinstance(x, str)]
+        handles = []
+        for variant, dash in zip(variants, itertools.cycle(('--', ':')), strict=False):
+            for rate, loss in panels[rule][variant].items():
+                colour = ax.lines[rates.index(rate)].get_color()
+                ax.axhline(loss, color=colour, linestyle=dash, linewidth=1.4)
+            handles.append(Line2D([], [], color=figures.GREY, linestyle=dash, label=variant))
         if handles:
             ax.legend(handles=handles, fontsize=8)
-        ax.set_xticks(range(len(values)), [f'{value:g}' for value in values])
+        ax.set_xticks(range(len(values[rule])), [f'{value:g}' for value in values[rule]])
         ax.set_xlabel(TUNED[rule])
         ax.set_title(figures.OPTIMIZERS[rule])
         ax.margins(x=0.1)
     axes[0].set_ylabel('final validation loss')
-    handles = [Line2D([], [], color=colours[r], marker='o', label=f'{r:g}') for r in rates]
+    handles = axes[0].lines[: len(rates)]
     figure.legend(handles=handles, title='learning rate', loc='outside right upper')
     return figure
 
@@ -426,7 +419,7 @@ def draw(configs, out):
         captions['ratio.png'] = f'norm ratio, {caption}'
     if all(run.has_steps() for run in runs):
         drawn['step.png'] = figures.norms_figure(runs, figures.STEP)
-        captions['step.png'] = f'length of a step over the weight norm, and its turn, {caption}'
+        captions['step.png'] = f'length of a step over the norm, and the angle it turns, {caption}'
     tuning = tuning_figure(configs)
     if tuning:
         drawn['tuning.png'] = tuning

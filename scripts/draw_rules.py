@@ -1,4 +1,4 @@
-"""Draw docs/rules.png, the README's picture, from the logs in results/weight_decay/runs.tar.gz.
+"""Draw docs/rules.png, the README's picture, from results/equilibrium/finalists/runs.tar.gz.
 
 python scripts/draw_rules.py
 """
@@ -15,10 +15,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = (  # label, a config of the study, colour
-    ('AdamW, weight decay 0.1 (not tuned)', 'adamw_learning_rate=1e-2_weight_decay=0.1', '#0072B2'),
-    ('AdamW, weight decay 1 (tuned)', 'adamw_learning_rate=1e-2_weight_decay=1', '#56B4E9'),
-    ('AdamCPR, Kappa-IP (not tuned)', 'cpr_learning_rate=1e-2', '#D55E00'),
-    ('AdamWN, r = 3 (tuned)', 'wn_learning_rate=1e-2_wn_ratio=3', '#009E73'),
+    ('AdamW, tuned', 'train_mini_adamw', '#0072B2'),
+    ('AdamCPR, Kappa-IP', 'train_mini_cpr', '#D55E00'),
+    ('AdamWN, tuned', 'train_mini_wn', '#009E73'),
+    ('AdamH, tuned', 'train_mini_h', '#CC79A7'),
 )
 PANELS = (  # kind of the log's entries, key, title
     ('eval', 'val_loss', 'validation loss (nats per token)'),
@@ -27,19 +27,19 @@ PANELS = (  # kind of the log's entries, key, title
 
 
 def series(archive, config, kind, key):
-    """Return (iterations, mean of `key` over the three seeds)."""
+    """Return (iterations, mean of `key` over the seeds)."""
     values = {}
-    for seed in (1, 2, 3):
-        log = archive.extractfile(f'runs/train_scarce_{config}/seed{seed}/log.jsonl')
-        for entry in map(json.loads, log):
-            if entry['kind'] == kind:
-                values.setdefault(entry['iter'], []).append(entry[key])
+    for name in archive.getnames():
+        if name.startswith(f'runs/{config}/') and name.endswith('/log.jsonl'):
+            for entry in map(json.loads, archive.extractfile(name)):
+                if entry['kind'] == kind:
+                    values.setdefault(entry['iter'], []).append(entry[key])
     return list(values), [np.mean(v) for v in values.values()]
 
 
 figure = Figure(figsize=(8.3, 3.6), layout='constrained')
 axes = figure.subplots(1, 2)
-with tarfile.open(ROOT / 'results/weight_decay/runs.tar.gz') as archive:
+with tarfile.open(ROOT / 'results/equilibrium/finalists/runs.tar.gz') as archive:
     for ax, (kind, key, title) in zip(axes, PANELS, strict=True):
         for label, config, colour in RULES:
             iters, values = series(archive, config, kind, key)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run all that needs a GPU: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the three
-# optimizers on data/linux (results/README.md, section 6, says how to prepare it). The output goes
-# to $OUT, by default out-gpu.
+# Run all that needs a GPU: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the four
+# optimizers on data/linux (results/README.md says how to prepare it). The output goes to $OUT, by
+# default out-gpu.
 #
 #     bash scripts/gpu.sh                        all of it
 #     bash scripts/gpu.sh tests optimizer        only these
@@ -34,10 +34,10 @@ step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-ex
 step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
 step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
 step train "$PYTHON" bench.py --what=train
-# 450 iterations of 65,536 tokens, 50 checks of the growth, a ramp of a quarter, as in results/linux
+# 450 iterations of 65,536 tokens, 50 checks of the growth, a ramp of a quarter
 step study "$PYTHON" compare.py config/train_gpt2_adamw.py 'config/train_gpt2_cpr.py --reg_step_size=9' \
     'config/train_gpt2_wn.py --wn_ramp_iters=112' 'config/train_gpt2_wn.py --wn_from={1} --wn_ramp_iters=112' \
-    --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \
+    config/train_gpt2_h.py --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \
     --warmup_iters=45 --eval_interval=150 --norm_log_interval=15 --out=results/linux_124M
 step study-logs tar -czf "$OUT/linux_124M.tar.gz" --exclude='*.pt*' results/linux_124M
 exit "$failed"

@@ -45,7 +45,7 @@ TINY = [
     '--norm_log_interval=2',
 ]
 
-LONGEST = ['test_parallel.py', 'test_train.py', 'test_compare.py', 'test_hub.py']
+LONGEST = ['test_parallel.py', 'test_train.py', 'test_compare.py', 'test_hub.py', 'test_papers.py']
 
 
 def pytest_collection_modifyitems(items):

@@ -283,10 +283,21 @@ def test_wn_vectors_stays_as_it_is_when_a_run_resumes(train, tmp_path):
     resumed = *VECTORS, '--init_from=resume', '--max_iters=10', '--wn_vectors=False'
     bad(train(*resumed), 'wn_vectors=True, not wn_vectors=False')
     assert train(*resumed, '--switch_optimizer=True').status == 0
-    entry = entries(tmp_path / 'out', 'norms')[-1]
-    total = math.hypot(*(t['norm'] for t in entry['tensors'].values()))
-    start = math.hypot(*(t['norm'] / t['ratio'] for t in entry['tensors'].values()))
-    assert entry['ratio'] == pytest.approx(total / start)
+
+
+def test_a_rule_that_only_logs_vectors_may_resume_with_another_wn_vectors(train):
+    train('--optimizer=adamcpr', '--wn_vectors=True')
+    resumed = '--optimizer=adamcpr', '--init_from=resume', '--max_iters=10', '--wn_vectors=False'
+    assert train(*resumed).status == 0
+
+
+def test_init_std_scales_the_initial_weights(train, tmp_path):
+    first = []
+    for std in (0.02, 0.06):
+        train(f'--init_std={std}', out=f'out{std}')
+        first.append(entries(tmp_path / f'out{std}', 'norms')[0]['tensors'])
+    for name, narrow in first[0].items():
+        assert first[1][name]['norm'] == pytest.approx(3 * narrow['norm'], rel=1e-5)
 
 
 def final_ratios(out_dir):
