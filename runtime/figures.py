@@ -252,7 +252,7 @@ def loss_figure(runs):
 
 
 RATIO = {'ratio': 'weight norm / weight norm at the start'}
-STEP = {'step': 'step length / weight norm', 'angle': 'turn by a step (degrees)'}
+STEP = {'step': 'step / weight norm', 'angle': 'its turn (degrees)'}
 
 
 def norms_figure(runs, panels):
@@ -264,34 +264,35 @@ def norms_figure(runs, panels):
     figure = Figure(figsize=(8, 4.5 if len(panels) == 1 else 5.2))
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     ticks = {'linestyle': '', 'marker': '|', 'markersize': 12, 'zorder': 3}
-    for ax, (key, label) in zip(axes, panels.items(), strict=True):
-        iteration_axis(ax, label=ax is axes[-1])
-        ax.set_ylabel(label)
-        for run in runs:
-            for tensor in run.tensors() if len(runs) == 1 else ():
-                style = {'color': KINDS[kind_of(tensor)], 'linewidth': 0.9, 'alpha': 0.8}
-                draw(ax, *run.series('norms', key, tensor), **style)
+    handles, single = [], len(runs) == 1
+    for run in runs:
+        style = {'color': BLACK, 'linewidth': 2.4} if single else run.style
+        ends = []
+        for ax, key in zip(axes, panels, strict=True):
+            for tensor in run.tensors() if single else ():
+                thin = {'color': KINDS[kind_of(tensor)], 'linewidth': 0.9, 'alpha': 0.8}
+                draw(ax, *run.series('norms', key, tensor), **thin)
             iters, values = run.series('norms', key)
-            last = f'{values[np.isfinite(values)][-1]:.3g}'  # no step follows the last iteration
-            label = 'all tensors' + f': {last}' * (len(panels) == 1)
-            style = {'color': BLACK, 'linewidth': 2.4, 'label': label}
-            if len(runs) > 1:
-                style = {**run.style, 'label': f'{last}   {run.name}'}
             draw(ax, iters, values, **style)
+            ends.append(f'{values[np.isfinite(values)][-1]:.3g}')  # no step follows the last record
             if key == 'ratio' and run.bounded:
                 heights = np.interp(run.bounded, iters, values)
                 ax.plot(run.bounded, heights, **ticks, color=style['color'])
-        handles, _ = ax.get_legend_handles_labels()
-        if key == 'ratio' and any(run.bounded for run in runs):
-            handles.append(Line2D([], [], **ticks, color=GREY, label="a tensor's bound is set"))
-        if len(runs) > 1:
-            ax.legend(handles=handles, title=f'{key} at the end', alignment='left')
-    if len(runs) == 1:
+        name = 'all tensors' if single else run.name
+        handles.append(Line2D([], [], **style, label=f'{", ".join(ends)}   {name}'))
+    if 'ratio' in panels and any(run.bounded for run in runs):
+        handles.append(Line2D([], [], **ticks, color=GREY, label="a tensor's bound is set"))
+    if single:
         present = {kind_of(tensor) for tensor in runs[0].tensors()}
         kinds = [kind for kind in KINDS if kind in present]
         handles += [Line2D([], [], color=KINDS[kind], label=kind) for kind in kinds]
-        figure.legend(handles=handles, loc='outside right upper', alignment='left')
         axes[0].set_title(runs[0].name)
+    for ax, label in zip(axes, panels.values(), strict=True):
+        iteration_axis(ax, label=ax is axes[-1])
+        ax.set_ylabel(label)
+    place = 'outside right upper' if single else 'outside lower center'
+    title = f'{", ".join(panels)} at the end'
+    figure.legend(handles=handles, loc=place, title=title, alignment='left')
     return figure
 
 

@@ -364,9 +364,9 @@ def tuning_figure(configs):
         losses = panels.setdefault(s['optimizer'], {}).setdefault(tuned_value(s), {})
         losses[s['learning_rate']] = min(loss, losses.get(s['learning_rate'], math.inf))
     values = {rule: sorted(x for x in panels[rule] if not isinstance(x, str)) for rule in panels}
-    rules = [rule for rule in panels if len(values[rule]) > 1]
-    if not rules:
+    if all(len(tried) < 2 for tried in values.values()):
         return None
+    rules = [rule for rule in panels if len(panels[rule]) > 1]
     rates = sorted({rate for rule in rules for losses in panels[rule].values() for rate in losses})
     figure = Figure(figsize=(2 + 2.2 * len(rules), 3.6))
     axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
@@ -384,7 +384,7 @@ def tuning_figure(configs):
         if handles:
             ax.legend(handles=handles, fontsize=8)
         ax.set_xticks(range(len(values[rule])), [f'{value:g}' for value in values[rule]])
-        ax.set_xlabel(TUNED[rule])
+        ax.set_xlabel(TUNED[rule] if values[rule] else '')
         ax.set_title(figures.OPTIMIZERS[rule])
         ax.margins(x=0.1)
     axes[0].set_ylabel('final validation loss')
