@@ -15,13 +15,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = (  # label, a config of the study, colour
-    ('AdamW, tuned', 'train_mini_adamw', '#0072B2'),
-    ('AdamCPR, Kappa-IP', 'train_mini_cpr', '#D55E00'),
+    ('AdamW, tuned', 'train_mini_adamw_learning_rate=3e-2_min_lr=3e-3', '#0072B2'),
+    ('AdamCPR, Kappa-IP', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
     ('AdamWN, tuned', 'train_mini_wn', '#009E73'),
     ('AdamH, tuned', 'train_mini_h', '#CC79A7'),
 )
 PANELS = (  # kind of the log's entries, key, title
-    ('eval', 'val_loss', 'validation loss (nats per token)'),
+    ('train', 'loss', 'training loss (nats per token)'),
     ('norms', 'ratio', 'weight norm / weight norm at the start'),
 )
 
@@ -53,7 +53,7 @@ with tarfile.open(ROOT / 'results/equilibrium/finalists/runs.tar.gz') as archive
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.grid(color='#E4E4E4')
         ax.spines[['top', 'right']].set_visible(False)
-axes[0].set_ylim(2.2, 2.8)
+axes[0].set_ylim(1.5, 2.5)
 figure.legend(
     *axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False
 )
