@@ -251,7 +251,7 @@ def loss_figure(runs):
     return figure
 
 
-RATIO = {'ratio': 'weight norm / weight norm at the start'}
+RATIO = {'ratio': 'norm / norm at the start'}
 STEP = {'step': 'step / weight norm', 'angle': 'its turn (degrees)'}
 
 
@@ -261,7 +261,8 @@ def norms_figure(runs, panels):
     It shows all tensors together and, for a single run, each tensor. Ticks on the line of the ratio
     show where AdamCPR set the bounds.
     """
-    figure = Figure(figsize=(8, 4.5 if len(panels) == 1 else 5.2))
+    height = 4.5 if len(panels) == 1 else 5.2
+    figure = Figure(figsize=(8, height + 0.25 * max(0, len(runs) - 3)))  # a line in the legend each
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     ticks = {'linestyle': '', 'marker': '|', 'markersize': 12, 'zorder': 3}
     handles, single = [], len(runs) == 1
