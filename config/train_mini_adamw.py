@@ -1,5 +1,5 @@
 # The smallest GPT of results/equilibrium, with AdamW: 28,000 parameters, 250 characters of Python's
-# standard library for each of them, one minute on a CPU core. With so large a batch and so high a
+# standard library for each of them, one or two minutes on a CPU core. With so large a batch and so high a
 # learning rate, weight decay balances within the run what the steps add to the norms. The other
 # config/train_mini_*.py differ only in the rule.
 #
