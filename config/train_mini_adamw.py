@@ -1,7 +1,7 @@
-# The smallest GPT of results/equilibrium, with AdamW: 28,000 parameters, 250 characters of Python's
-# standard library for each of them, one or two minutes on a CPU core. With so large a batch and so high a
-# learning rate, weight decay balances within the run what the steps add to the norms. The other
-# config/train_mini_*.py differ only in the rule.
+# The smallest GPT of results/equilibrium, with AdamW: 28,000 parameters, 257 characters of Python's
+# standard library for each of them, one or two minutes on a CPU core. With so large a batch and so
+# high a learning rate, weight decay balances within the run what the steps add to the norms. The
+# other config/train_mini_*.py differ only in the rule.
 #
 #     python data/pystdlib_char/prepare.py
 #     python train.py config/train_mini_adamw.py
