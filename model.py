@@ -207,8 +207,8 @@ class GPT(nn.Module):
     def weights(self, vectors=False):
         """Return {name: parameter} of the matrices, embeddings included.
 
-        vectors: include LayerNorm's weights. Biases start at zero, so no ratio to their start is
-        defined.
+        vectors: include LayerNorm's weights. Biases stay out: they start at zero, and have no
+        ratio to their start.
         """
         named = ((name, p) for name, p in self.named_parameters() if name.endswith('.weight'))
         return {name: p for name, p in named if vectors or p.dim() >= 2}
