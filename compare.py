@@ -153,7 +153,9 @@ def is_finished(run):
     starts = [c for c in starts if {'init_from', 'max_iters', 'optimizer'} <= c.keys()]
     if not starts:
         return False
-    settings = {**starts[-1], 'init_from': starts[0]['init_from']}  # a resumed run logs 'resume'
+    defaults, _ = configure(train_settings()[0], [])  # of settings that are newer than the log
+    settings = {**defaults, **starts[-1]}
+    settings['init_from'] = starts[0]['init_from']  # a resumed run logs 'resume'
     asked, _ = configure(dict(settings), run.arguments)  # equals settings if it is the same run
     irrelevant = ('out_dir', 'always_save_checkpoint')  # for the losses
     other = [key for key in asked if asked[key] != settings[key] and key not in irrelevant]

@@ -248,6 +248,20 @@ def test_the_report_names_all_commands_pictures_and_the_machine(recipe):
     assert 'torch' in text and 'not recorded' not in text
 
 
+def test_a_run_from_before_a_setting_was_added_had_its_default(recipe, tmp_path):
+    """`init_std` stands for the new setting."""
+    text = (recipe[0] / 'runs' / 'train_char_adamw' / 'seed1' / 'log.jsonl').read_text()
+    config, _, rest = text.partition('\n')
+    entry = json.loads(config)
+    del entry['config']['init_std']
+    (tmp_path / 'log.jsonl').write_text(json.dumps(entry) + '\n' + rest)
+    run = report.Run(1, str(tmp_path), ['--init_std=0.02'])
+    assert compare.is_finished(run)
+    run.arguments = ['--init_std=0.06']
+    with pytest.raises(SystemExit):
+        compare.is_finished(run)
+
+
 def test_finished_runs_are_not_made_again(recipe):
     out, arguments = recipe
     before, text = files(out / 'runs'), (out / 'report.md').read_text()
