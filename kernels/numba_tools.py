@@ -5,7 +5,8 @@ Compiled code on disk is made anew after an edit of cpu.py, not of this file: th
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Thread
 
 import torch
 from numba import carray, njit, types
@@ -43,23 +44,49 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
-pool = []  # the one ThreadPoolExecutor, made when it is first needed
+threads, tasks = [], SimpleQueue()  # threads are started when they are first needed
 
 
-def share(function, count, elements, *arguments):
-    """Call function(begin, end, *arguments) for spans that make up range(count), one a thread.
+def _do_tasks():
+    """Do tasks for ever. Put None, or what a function raised, into the queue that comes with it."""
+    while True:
+        done, function, arguments = tasks.get()
+        try:
+            done.put(function(*arguments))
+        except BaseException as error:
+            done.put(error)
+        del done, function, arguments  # of an optimizer that may go before the next task comes
 
-    There are as many threads as PyTorch has, one for fewer than 2 ** 15 elements each.
+
+def share(function, count, work, *arguments):
+    """Split range(count) into spans and call function(begin, end, *arguments), a thread a span.
+
+    There are as many threads as PyTorch has, but at most one for each 2 ** 17 of `work`, which is
+    counted in elements of Adam's pass: to wake a thread for less takes longer than to do the work.
+    What the function raises in any thread is raised here, after all have ended.
     """
-    threads = max(1, min(torch.get_num_threads(), elements >> 15))
-    edges = [count * i // threads for i in range(threads + 1)]
-    if threads > 1 and not pool:
-        pool.append(ThreadPoolExecutor(os.cpu_count()))
-    spans = list(zip(edges, edges[1:], strict=False))
-    others = [pool[0].submit(function, *span, *arguments) for span in spans[1:]]
-    function(*spans[0], *arguments)
-    for other in others:
-        other.result()
+    number = max(1, min(torch.get_num_threads(), work >> 17))
+    while len(threads) < number - 1:
+        thread = Thread(target=_do_tasks, daemon=True)
+        thread.start()
+        threads.append(thread)
+    edges = [count * i // number for i in range(number + 1)]
+    first, *others = zip(edges, edges[1:], strict=False)
+    done = SimpleQueue()
+    for span in others:
+        tasks.put((done, function, (*span, *arguments)))
+    try:
+        function(*first, *arguments)
+    finally:  # the others write to addresses, which must not be freed
+        errors = [done.get() for _ in others]
+    for error in filter(None, errors):
+        raise error
 
 
-os.register_at_fork(after_in_child=pool.clear)  # a child has none of its parent's threads
+def _start_anew():
+    """Forget the threads in a forked child, which has none of its parent's."""
+    global threads, tasks
+    threads, tasks = [], SimpleQueue()
+
+
+os.register_at_fork(after_in_child=_start_anew)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,7 +118,7 @@ def test_sums_over_many_elements_keep_their_digits(kernels):
 
 # ---- bits
 
-MANY = [(700, 511), (7,), (1, 1), (300, 300)]
+MANY = [(4200, 511), (7,), (1, 1), (300, 300)]
 
 
 @pytest.mark.parametrize('variant', ['cpr-dependent-after', 'cpr-inflection-after', 'wn', 'adamw'])
@@ -165,7 +167,7 @@ import os, sys, torch
 from torch import nn
 torch.set_num_threads(2)
 
-p = nn.Parameter(torch.ones(400, 400))
+p = nn.Parameter(torch.ones(600, 600))  # enough for two threads
 p.grad = torch.ones_like(p)
 
 def step(optimizer):
@@ -192,6 +194,36 @@ print('parent', total)
     assert child.split()[1] == parent.split()[1]
 
 
+@pytest.mark.parametrize('failing', [0, 5])
+def test_an_exception_in_any_thread_reaches_the_caller_when_all_have_ended(cpu, failing):
+    torch.set_num_threads(2)
+    ended = []
+
+    def work(begin, end, failing):
+        if begin == failing:
+            raise KeyError(begin)
+        time.sleep(0.2)
+        ended.append((begin, end))
+
+    with pytest.raises(KeyError):
+        cpu.share(work, 10, 1 << 20, failing)
+    assert len(ended) == 1
+    cpu.share(work, 10, 1 << 20, None)
+    assert sorted(ended[1:]) == [(0, 5), (5, 10)]
+
+
+def test_two_threads_step_two_optimizers_as_one_does(cpu):
+    torch.set_num_threads(2)
+    params = parameters(MANY)
+    grads = gradient_steps(params, 4)
+    alike = [copies(params) for _ in range(3)]
+    optimizers = [make('cpr-inflection', p, impl='numba') for p in alike]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(train, optimizers[:2], alike[:2], [grads, grads]))
+    alone = train(optimizers[2], alike[2], grads)
+    assert same_bits(runs[0], alone) and same_bits(runs[1], alone)
+
+
 def test_no_folder_for_compiled_code_is_no_reason_to_fail(cpu):
     step = """
 from cpr import AdamW
@@ -205,7 +237,7 @@ print(cpu._adam.stats.cache_path)
         'NUMBA_CACHE_LOCATOR_CLASSES': 'UserProvidedCacheLocator',
     }
     total, folder = python(START + step, **environment).splitlines()
-    assert float(total) == pytest.approx(0.5 * 400) and folder == 'None'
+    assert float(total) == pytest.approx(0.5 * 600) and folder == 'None'
 
 
 # ---- packages that are not installed

@@ -147,3 +147,21 @@ def test_the_constraint_acts_from_the_step_after_kappa_is_set(R_max):
     assert state['lagmul'].item() == pytest.approx(lagmul, rel=1e-5)
     expected = torch.full((2, 2), (1 - 2 * lagmul) * math.sqrt(2.0))
     torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('start', ['step 0 at lr = 0', "step 5000 of torch's AdamW"])
+def test_a_constant_r_sets_no_kappa_where_the_average_starts_after_the_steps(start):
+    p = nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.zeros_like(p)
+    optimizer = AdamCPR([p], lr=0.0, reg_step_size=LOOK)
+    if start.startswith('step 0'):
+        optimizer.step()
+    else:
+        adamw = torch.optim.AdamW([p], lr=0.0)
+        adamw.step()
+        adamw.state[p]['step'].fill_(5000)
+        optimizer.load_state_dict(adamw.state_dict())
+    optimizer.param_groups[0]['lr'] = STILL
+    for _ in range(10 * LOOK):
+        optimizer.step()
+    assert optimizer.state[p]['step'] > 10 * LOOK and not optimizer.state[p]['kappa_set']
