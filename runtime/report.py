@@ -408,12 +408,12 @@ def draw(configs, out):
     runs = []
     for config, label, colour in zip(shown, labels(shown), figures.COLOURS, strict=False):
         runs.append(mean_run(config, label, {'color': colour, 'linestyle': '-'}))
-    drawn = {'final.png': final_figure(configs), 'loss.png': figures.loss_figure(runs)}
     explained = 'a dot a run, a bar their mean, dashed that of the first config'
-    captions = {
-        'final.png': f'final validation loss: {explained}',
-        'loss.png': f'loss, {caption}',
-    }
+    drawn = {'final.png': final_figure(configs)}
+    captions = {'final.png': f'final validation loss: {explained}'}
+    if any(len(run.entries['eval']) > 2 for run in runs):  # else the curves are straight lines
+        drawn['loss.png'] = figures.loss_figure(runs)
+        captions['loss.png'] = f'loss, {caption}'
     if all(run.entries.get('norms') for run in runs):
         drawn['ratio.png'] = figures.norms_figure(runs, figures.RATIO)
         captions['ratio.png'] = f'norm ratio, {caption}'

@@ -158,9 +158,10 @@ def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
 def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(
     finished, tmp_path, monkeypatch
 ):
-    configs = [finished(f'adamw weight_decay={i}', [4.0, 2.0 - i]) for i in range(4)]
+    configs = [finished(f'adamw weight_decay={i}', [4.0, 3.0, 2.0 - i]) for i in range(4)]
     configs += [
-        finished(f'cpr kappa_init_param={i}', [4.0, 1.5 + i], optimizer='adamcpr') for i in range(4)
+        finished(f'cpr kappa_init_param={i}', [4.0, 3.0, 1.5 + i], optimizer='adamcpr')
+        for i in range(4)
     ]
     shown = []
     monkeypatch.setattr(
@@ -170,6 +171,11 @@ def test_of_many_configs_the_pictures_show_the_first_and_the_best_of_each_file(
     captions = report.draw(configs, tmp_path)
     assert shown == ['adamw weight_decay=0', 'adamw weight_decay=3', 'cpr kappa_init_param=0']
     assert all((tmp_path / name).exists() for name in captions)
+
+
+def test_two_evaluations_make_no_curve_of_losses(finished, tmp_path):
+    assert 'loss.png' not in report.draw([finished('adamw', [4.0, 2.0])], tmp_path)
+    assert 'loss.png' in report.draw([finished('adamw', [4.0, 3.0, 2.0])], tmp_path)
 
 
 def test_the_tuning_picture_has_a_line_a_learning_rate_over_the_setting_of_each_rule(finished):
