@@ -15,10 +15,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = (  # label, a config of the study, colour
-    ('AdamW, tuned', 'train_mini_adamw_learning_rate=3e-2_min_lr=3e-3', '#0072B2'),
+    ('AdamW, tuned', 'train_mini_adamw_weight_decay=0.1', '#0072B2'),
     ('AdamCPR, Kappa-IP', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
-    ('AdamWN, tuned', 'train_mini_wn', '#009E73'),
-    ('AdamH, tuned', 'train_mini_h', '#CC79A7'),
+    ('AdamWN, tuned', 'train_mini_wn_learning_rate=3e-2_min_lr=0.003_wn_ratio=2', '#009E73'),
+    (
+        'AdamH, tuned',
+        'train_mini_h_learning_rate=1.2e-1_min_lr=0.012_adamh_step_scale=0.5',
+        '#CC79A7',
+    ),
 )
 PANELS = (  # kind of the log's entries, key, title
     ('train', 'loss', 'training loss (nats per token)'),
