@@ -16,7 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 RULES = (  # label, a config of the study, colour
     ('AdamW, tuned', 'train_mini_adamw_weight_decay=0.1', '#0072B2'),
-    ('AdamCPR, Kappa-IP', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
+    ('AdamCPR, embeddings too', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
     ('AdamWN, tuned', 'train_mini_wn_learning_rate=3e-2_min_lr=0.003_wn_ratio=2', '#009E73'),
     (
         'AdamH, tuned',
