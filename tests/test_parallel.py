@@ -262,8 +262,9 @@ def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_pat
     ), err
 
 
-# Triton's interpreter takes seconds a case: one of each order and rule, the rest when asked to
-SOME = ['cpr std before', 'cpr huber after', 'wn global after', 'h']
+# Triton's interpreter takes seconds a case: one of each function and order, the rest when asked to
+SOME = ['cpr l2 before', 'cpr std before', 'cpr std after', 'cpr l1 before', 'cpr huber after']
+SOME += ['wn global after', 'h']
 
 
 @pytest.mark.parametrize(
