@@ -1,15 +1,15 @@
 """AdamW, AdamCPR, AdamWN and AdamH: Adam whose regularizer is the norm of each weight tensor.
 
-With u = m_hat / (sqrt(v_hat) + eps), Adam's direction, all four are one update of tensor j,
+With R = sum(theta^2) and order='before', all four are one update of tensor j,
 
-    theta_j <- (1 - d_j) * theta_j - s_j * u_j
+    theta_j <- (1 - d_j) * theta_j - s_j * u_j,    u_j = m_j / (sqrt(v_hat_j) + eps)
 
-A rule is a class here. Its method `decide` computes d_j. s_j is lr; AdamH's `decide` computes it,
-too. A pass is a function of kernels/ that goes over memory: in Triton (gpu.py), Numba (cpu.py) and
-PyTorch operations (plain.py). With order='before' a rule decides from theta before the Adam update,
-whose sums the previous step's pass has left, and one pass does it all. With order='after' it
+A rule is a class here. Its method `decide` computes d_j. s_j is lr / (1 - beta1^t); AdamH's
+`decide` computes its own. A pass is a function of kernels/ that goes over memory: in Triton
+(gpu.py), Numba (cpu.py) and PyTorch operations (plain.py). With order='before' a rule decides from
+sums over theta that the previous step's pass left, and one pass does it all. With order='after' it
 decides from the Adam-updated theta, and a second pass corrects that. AdamH decides between the two
-halves of Adam's pass. On an accelerator no step after the first waits for the device.
+halves of Adam's pass. On an accelerator only a step that makes new buckets waits for the device.
 """
 
 import math
@@ -28,27 +28,28 @@ KAPPA_INIT_METHODS = ('uniform', 'dependent', 'warm_start', 'inflection_point')
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# what factories of other packages pass along, accepted where it asks for nothing
+# arguments that factories of other packages pass along: accepted if false or 0
 NEUTRAL = 'amsgrad maximize capturable differentiable foreach fused weight_decay'.split()
 
 
 class NormAdam(Optimizer):
-    """What they share: groups, buckets, clipping, skipping and the order of the passes.
+    """The base of the four: groups, buckets, clipping, skipping and the order of the passes.
 
     Args of all:
         max_grad_norm: clip the gradients to this total norm within the step, as clip_grad_norm_
             would before it, without writing them. 0.0 only measures it; None does not.
         impl: 'triton' (GPU; on a CPU only with TRITON_INTERPRET=1), 'numba' (float32 on a CPU),
             'torch', or 'auto': the first of them that fits and is installed.
-        amsgrad, foreach, weight_decay and the like: accepted where they ask for nothing.
-    `grad_norm` (0-d float32) is the total norm before clipping. A step whose norm is not finite
-    changes no weight and no state, and counts in `skipped_steps` (0-d int64). DTensors are updated
-    shard by shard. Write weights under torch.no_grad(): the next decision misses a write through
-    p.data. Replace entries of `state` by load_state_dict.
+        amsgrad, foreach, weight_decay and the like: accepted if false or 0.
+    `grad_norm` (0-d float32) is the total norm before clipping. If it is not finite, the step
+    changes no weight, moment or decision, and counts in `skipped_steps` (0-d int64). DTensors are
+    updated shard by shard. Write weights under torch.no_grad(): the next decision misses a write
+    through p.data, and in a replayed CUDA graph any write. Replace entries of `state` by
+    load_state_dict.
     """
 
     needs_R = True  # whether `decide` asks for R
-    orders = ('before', 'after')  # what it takes, the default first
+    orders = ('before', 'after')  # what `order` may be; None: the first
     reg_embedding = reg_norms = True  # whether a module's embeddings and norms are regularized
 
     def __init__(self, params, defaults, order=None, max_grad_norm=0.0, impl='auto', **options):
@@ -57,18 +58,20 @@ class NormAdam(Optimizer):
             if name not in NEUTRAL:
                 raise TypeError(f"{type(self).__name__} has no argument '{name}'")
             check(not value, f'{type(self).__name__} does not support {name}={value}; leave it out')
-        check(max_grad_norm is None or max_grad_norm >= 0, f'max_grad_norm={max_grad_norm}: >= 0')
+        fits = max_grad_norm is None or max_grad_norm >= 0
+        check(fits, f'max_grad_norm={max_grad_norm} must be >= 0 or None')
         check(order in self.orders, f"order='{order}' must be one of {self.orders}")
         check(impl in IMPLS, f"impl='{impl}' must be one of {IMPLS}")
         self.order, self.max_grad_norm, self.impl = order, max_grad_norm, impl
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
         self._names, self._buckets, self._captured = {}, None, []
         params = self._groups_of(params) if isinstance(params, nn.Module) else params
-        super().__init__(params, defaults)
+        super().__init__(params, {'weight_decay': 0.0, **defaults})  # torch.optim.AdamW needs it
 
     def _groups_of(self, module):
         """Two groups as nanoGPT's: tensors of two or more dimensions, then the rest."""
         self._names = {id(p): name for name, p in module.named_parameters()}
+        # frozen floats may be thawed later; other frozen dtypes cannot train
         params = [p for p in module.parameters() if p.requires_grad or p.dtype in FLOATS]
         regularized = self._regularized_in(module)
         matrices, vectors = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
@@ -109,10 +112,13 @@ class NormAdam(Optimizer):
 
     def check_group(self, group):
         """Raise ValueError for an option out of range or a parameter that cannot be updated."""
-        lr, betas, eps = group['lr'], group['betas'], group['eps']
-        check(lr.numel() == 1 if torch.is_tensor(lr) else lr >= 0, f'lr={lr}: one number >= 0')
-        check(len(betas) == 2 and all(0 <= b < 1 for b in betas), f'betas={betas}: two in [0, 1)')
-        check(eps >= 0 and group['weight_decay'] >= 0, f'eps={eps}, weight_decay must be >= 0')
+        lr, betas = group['lr'], group['betas']
+        fits = lr.numel() == 1 if torch.is_tensor(lr) else lr >= 0
+        check(fits, f'lr={lr} must be one number >= 0')
+        fits = len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        check(fits, f'betas={betas} must be two numbers in [0, 1)')
+        for name in ('eps', 'weight_decay'):
+            check(group[name] >= 0, f'{name}={group[name]} must be >= 0')
         for p in group['params']:
             if p.layout is not torch.strided or p.dtype not in FLOATS:
                 name = self.name_of(p)
@@ -124,8 +130,9 @@ class NormAdam(Optimizer):
         return self._names.get(id(p)) or f'parameter {list(map(id, every)).index(id(p))}'
 
     def _current_buckets(self):
-        """All buckets, with the gradients of this step; [] where there is no gradient."""
+        """Return all buckets, with the gradients of this step; [] if there is no gradient."""
         buckets = self._buckets or []
+        # fewer states than parameters that started: somebody has cleared optimizer.state
         cleared = sum(sum(b.started) for b in buckets) > len(self.state)
         if cleared or any(b.is_outdated() for b in buckets):
             self._drop_buckets()
@@ -140,10 +147,12 @@ class NormAdam(Optimizer):
         self._buckets = None
 
     def decide(self, b):
-        """d_j and shift_j (None: 0) of a bucket's tensors, (n,) or 0-d, from b.R and b.state.
+        """Return d_j and shift_j (None: 0) of a bucket's tensors, (n,) or 0-d.
 
-        Where b.active is False it must not change the state; what it returns is not used. A rule
-        with order 'between' also has b.theta_u and b.u_squares, and sets b.step_size.
+        From b.R, (n,): sum(theta^2), if the group has no reg_function, and from b.state. Write
+        b.state[name] in place, since optimizer.state shows views of it, and only where b.active;
+        elsewhere what is returned is not used. Read no value on the host. A rule with order
+        'between' also has b.theta_u and b.u_squares, and sets b.step_size (s_j).
         """
         raise NotImplementedError
 
@@ -177,7 +186,7 @@ class NormAdam(Optimizer):
         return loss
 
     def _clip(self, buckets):
-        """What the gradients are multiplied with, and whether the step goes ahead: 0-d each."""
+        """Return the factor for the gradients and whether the step goes ahead: 0-d each."""
         device, scale = buckets[0].device, getattr(self, 'grad_scale', None)
         factors = [] if scale is None else [1 / scale.to(device)]
         finite = [b.found_inf.to(device) == 0 for b in buckets if b.found_inf is not None]
@@ -206,9 +215,9 @@ class NormAdam(Optimizer):
         return bool(self.max_grad_norm)  # else GradScaler unscales, and others may clip after it
 
     def __getstate__(self):
-        left_out = {'_names': {}, '_buckets': None, '_captured': []}
-        public = {name: x for name, x in vars(self).items() if name[0] != '_'}
-        return {**super().__getstate__(), **public, **left_out}
+        # a scheduler of torch's sets `step`, bound to this very optimizer
+        public = {name: x for name, x in vars(self).items() if name[0] != '_' and name != 'step'}
+        return {**public, '_names': {}, '_buckets': None, '_captured': []}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -247,7 +256,7 @@ class AdamCPR(NormAdam):
     """Adam with an upper bound kappa_j on R_j of each tensor (arXiv 2311.09058, Algorithm 1).
 
         lambda_j <- max(0, lambda_j + mu / n_j * (R_j - kappa_j))
-        theta_j  <- theta_j - lambda_j * grad R_j(theta_j) - lr * u_j
+        theta_j  <- theta_j - lambda_j * grad R_j(theta_j) - s_j * u_j
 
     Args, under pytorch_cpr.AdamCPR's names:
         params: as AdamW's. In a module, tensors of two or more dimensions have a bound, except
@@ -287,7 +296,7 @@ class AdamCPR(NormAdam):
         **common,
     ):
         self.reg_embedding = reg_embedding
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # torch.optim.AdamW needs it
+        defaults = dict(lr=lr, betas=betas, eps=eps)
         defaults.update(kappa_init_method=kappa_init_method, kappa_init_param=kappa_init_param)
         defaults.update(reg_function=reg_function, kappa_update=kappa_update, reg_by_lr=reg_by_lr)
         defaults.update(reg_step_size=reg_step_size, reg_ema_decay=reg_ema_decay)
@@ -297,12 +306,16 @@ class AdamCPR(NormAdam):
         super().check_group(group)
         method, param = group['kappa_init_method'], group['kappa_init_param']
         mu, every, decay = (group[k] for k in ('kappa_update', 'reg_step_size', 'reg_ema_decay'))
-        check(method in KAPPA_INIT_METHODS, f"kappa_init_method='{method}': {KAPPA_INIT_METHODS}")
-        check(group['reg_function'] in REG_FUNCTIONS, f'reg_function must be of {REG_FUNCTIONS}')
+        methods, functions = KAPPA_INIT_METHODS, REG_FUNCTIONS
+        check(method in methods, f"kappa_init_method='{method}' must be one of {methods}")
+        check(group['reg_function'] in functions, f'reg_function must be one of {functions}')
         check(method == 'inflection_point' or param > 0, f'kappa_init_param={param} must be > 0')
-        check(method != 'warm_start' or param % 1 == 0, f'kappa_init_param={param}: whole steps')
-        check(every >= 1 and every % 1 == 0, f'reg_step_size={every}: whole steps, at least 1')
-        check(mu >= 0 and 0 <= decay < 1, f'kappa_update={mu}: >= 0; reg_ema_decay={decay}: [0, 1)')
+        whole = method != 'warm_start' or param % 1 == 0
+        check(whole, f'kappa_init_param={param} must be a whole number of steps')
+        whole = every >= 1 and every % 1 == 0
+        check(whole, f'reg_step_size={every} must be a whole number of steps, at least 1')
+        check(mu >= 0, f'kappa_update={mu} must be >= 0')
+        check(0 <= decay < 1, f'reg_ema_decay={decay} must be in [0, 1)')
 
     def init_state(self, b):
         method, param = b.group['kappa_init_method'], b.group['kappa_init_param']
@@ -317,8 +330,9 @@ class AdamCPR(NormAdam):
 
     def decide(self, b):
         group, R, kappa, lagmul = b.group, b.R, b.state['kappa'], b.state['lagmul']
-        kappa_set, std = b.state['kappa_set'], group['reg_function'] == 'std'
+        kappa_set, reg_function = b.state['kappa_set'], b.tensors.reg_function
         bounded, method = b.active & kappa_set, group['kappa_init_method']
+        std = reg_function == 'std'
 
         # kappa_j <- R_j when it is due (section 4.2): a bound from the next step on
         due = None
@@ -341,16 +355,16 @@ class AdamCPR(NormAdam):
         decay = lagmul * b.lr if group['reg_by_lr'] else lagmul  # 0 where there is no bound
         if std:  # its gradient is (theta - mean) / ((n - 1) * std)
             decay = torch.where(R > 0, decay / ((b.numel - 1) * R), 0.0)
-        elif group['reg_function'] == 'l2':
+        elif reg_function == 'l2':
             decay = 2 * decay
         return decay, decay * b.mean if std else None
 
     def slows_down(self, b):
-        """Which R_j grow, but less than they did; None: none. Kappa-IP's detector (section 4.2).
+        """Return which R_j grow, but less than they did; None: none. Kappa-IP (section 4.2).
 
         An average of R_j with decay reg_ema_decay, bias-corrected as Adam's are, is looked at every
         reg_step_size steps. At the inflection a positive growth is larger than the one after it, by
-        more than float32 rounding explains. The fourth look is the first that can find it.
+        more than float32 rounding explains. The fourth look is the first that may find it.
         """
         step, every, beta = b.state['step'], b.group['reg_step_size'], b.group['reg_ema_decay']
         ema, last, growth = b.state['ema'], b.state['ema_last'], b.state['ema_growth']
@@ -378,10 +392,12 @@ class AdamWN(NormAdam):
         ratio: r. `set_ratios` gives tensors ratios of their own. norm: the target itself instead.
         scope: 'tensor' steers every tensor by its own norm, 'global' all by their joint norm.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
-    A schedule sets group['ramp'] in [0, 1], as it sets group['lr']: how far from the norm at the
-    start to the target the norm is to be now.
+    A schedule sets group['ramp'] as it sets group['lr']: 0 steers to the norm at the start, 1 to
+    the target, a number between them to a norm between those.
     State of a controlled tensor besides Adam's, 0-d each: init_norm, and ratio (nan: the group's).
     """
+
+    orders = ('after', 'before')
 
     def __init__(
         self,
@@ -399,7 +415,7 @@ class AdamWN(NormAdam):
     ):
         check(scope in ('tensor', 'global'), f"scope='{scope}' must be 'tensor' or 'global'")
         self.scope = scope
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+        defaults = dict(lr=lr, betas=betas, eps=eps)
         defaults.update(rate=rate, ratio=ratio, norm=norm, ramp=1.0)
         super().__init__(params, defaults, order=order, **common)
 
@@ -435,10 +451,10 @@ class AdamWN(NormAdam):
         return group['rate'] * (1 - torch.where(norm > 0, target / norm, 0.0)), None
 
     def _joint_norms(self, device):
-        """||theta|| and ||theta at the start|| of all controlled tensors together, 0-d each."""
+        """Return ||theta|| and ||theta at the start|| of all controlled tensors together: 0-d."""
         squares = 0
         for b in self._buckets:
-            if b.decides:
+            if b.measures_R:
                 both = torch.stack([b.R, b.state['init_norm'].to(b.R).square()])
                 squares = squares + torch.where(b.regularized, both, 0.0).sum(dim=1).to(device)
         return squares.sqrt()
@@ -450,7 +466,7 @@ class AdamH(NormAdam):
         theta <- R0 * Norm(theta - lr' * R0 * Norm(u)),  Norm(x) = x / ||x||,  lr' = step_scale * lr
 
     Args:
-        params: as AdamCPR's without reg_embedding; what is not held takes Adam's steps at lr.
+        params: as AdamCPR's without reg_embedding. Tensors that are not held take Adam's steps.
         step_scale: a held tensor's step over its norm, per unit of learning rate.
     R0 is the norm at the start. A tensor that starts at zero cannot be held: ValueError.
     State of a held tensor besides Adam's, 0-d: init_norm (R0).
@@ -459,7 +475,7 @@ class AdamH(NormAdam):
     orders, reg_embedding, reg_norms = ('between',), False, False
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, *, step_scale=10.0, **common):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0, step_scale=step_scale)
+        defaults = dict(lr=lr, betas=betas, eps=eps, step_scale=step_scale)
         super().__init__(params, defaults, **common)
 
     def check_group(self, group):

@@ -22,10 +22,12 @@ class Bucket:
     """n parameters that share their groups' options, a device, a dtype and processes of shards.
 
     Vectors are (n,), on the device. state: {name: vector}; from a parameter's first gradient on,
-    optimizer.state[p] shows views of them beside exp_avg and exp_avg_sq. R, mean: of whole tensors,
-    as `measure` found them. regularized, has_grad, active: bool; active: what this step corrects.
-    lr, proceed, grad_squares, found_inf: 0-d. coefficients, hyper: see plain.adam_. group stands
-    for all `groups`. Their `regularize` and `reg_function` are read when the bucket is made.
+    optimizer.state[p] shows views of them beside exp_avg and exp_avg_sq. R, mean, theta_u,
+    u_squares: of whole tensors, as `measure` found them. numel: of whole tensors, at least 1.
+    regularized, has_grad, active: bool; active: what this step corrects. lr, proceed, grad_squares,
+    found_inf: 0-d. coefficients, hyper: see plain.adam_; decay (d), shift, step_size (s) and
+    rsqrt_bias2 are the columns of coefficients. group stands for all `groups`. Their `regularize`
+    and `reg_function` are read when the bucket is made.
     """
 
     def __init__(self, optimizer, groups, members, kernels):
@@ -33,7 +35,7 @@ class Bucket:
         self.kernels = kernels
         self.params, self.regularize = zip(*members, strict=True)
         self.shard_groups = dtensor.shard_groups(self.params[0])
-        self.sharded = hasattr(self.params[0], 'device_mesh')
+        self.has_dtensors = any(hasattr(p, 'device_mesh') for p in self.params)
         self.tensors = kernels.Tensors(self.params, self.group.get('reg_function', 'l2'))
         self.tensors.set_grads([None] * len(members))
         self.device = self.tensors.device
@@ -44,10 +46,10 @@ class Bucket:
         self.numel = torch.tensor(numel, dtype=dtype, device=self.device)
         self.hyper = torch.zeros(6, dtype=torch.float32, device=self.device)
         self.grad_coef, self.lr = self.hyper[0], torch.zeros_like(self.hyper[0])
-        self.log_betas, self._filled_for = torch.zeros_like(self.hyper[:2, None]), None
+        self.log_betas, self._filled_for = self.hyper.new_zeros(2, 1), None
         self.has_grad, self._has_grad = None, None
         self.regularizes, self.zero = any(self.regularize), torch.zeros_like(self.lr)
-        self.decides = optimizer.needs_R and self.regularizes
+        self.measures_R = optimizer.needs_R and self.regularizes
         self.passes = PASSES[optimizer.order] if self.regularizes else ('adam_', None)
         self.moment_sums = None
         self.measure(R=True)
@@ -82,23 +84,23 @@ class Bucket:
             warnings.warn(f'{name} starts with R = 0: {consequence}', stacklevel=2)
 
     def zeros(self):
-        """The names of regularized tensors that take their first step and whose R is 0."""
+        """Return the names of regularized tensors that take their first step and whose R is 0."""
         triples = zip(self.params, self.regularize, (self.R == 0).tolist(), strict=True)
         zeros = [p for p, flag, zero in triples if flag and zero and p.numel()]
-        starts = (p for p in zeros if p.grad is not None and not self.optimizer.state.get(p))
-        return [self.optimizer.name_of(p) for p in starts]
+        waiting = (p for p in zeros if 'exp_avg' not in self.optimizer.state.get(p, {}))
+        return [self.optimizer.name_of(p) for p in waiting if p.grad is not None]
 
     def is_outdated(self):
-        """Whether options differ now, or a parameter has moved or has its first gradient."""
+        """Return whether options differ now, or a parameter has moved or has its first gradient."""
         if not all(same_options(self.optimizer, self.group, g) for g in self.groups[1:]):
             return True
         waiting = (p for p, s in zip(self.params, self.started, strict=True) if not s)
         starts = any(p.grad is not None for p in waiting) and not is_capturing(self.device)
-        params = map(local, self.params) if self.sharded else self.params
+        params = map(local, self.params) if self.has_dtensors else self.params
         return starts or self.tensors.have_moved(params)
 
     def set_grads(self):
-        """Take the gradients of this step; start the parameters that have their first. Any?"""
+        """Take this step's gradients; start parameters with their first. Return whether any."""
         grads = [p.grad for p in self.params]
         has_grad = [grad is not None for grad in grads]
         if has_grad != self._has_grad:
@@ -112,7 +114,7 @@ class Bucket:
                 raise RuntimeError(f'{name} has a sparse gradient: make it dense')
             if grad is not None and not self.started[j]:
                 self._start(j)
-        if self.sharded:
+        if self.has_dtensors:
             pairs = zip(self.params, grads, strict=True)
             grads = [g if g is None else local(dtensor.sharded_like(p, g)) for p, g in pairs]
         self.tensors.set_grads(grads)
@@ -127,15 +129,13 @@ class Bucket:
             sums['found_inf'] = found_inf.to(self.numel).reshape(())
         if grads and self.optimizer.max_grad_norm is not None:
             sums['grad_squares'] = self.kernels.grad_squares(self.tensors)
-        if R and self.decides:
-            moment_sums, self.moment_sums = self.moment_sums, None
-            sums['reg_sums'] = (
-                self.kernels.reg_sums(self.tensors) if moment_sums is None else moment_sums
-            )
+        if R and self.measures_R:
+            found, self.moment_sums = self.moment_sums, None  # moments_ finds sum(theta^2) as well
+            sums['reg_sums'] = self.kernels.reg_sums(self.tensors) if found is None else found
         if self.shard_groups and sums:
             dtensor.all_reduce_(sums, self.shard_groups)
         self.found_inf, self.grad_squares = sums.get('found_inf'), sums.get('grad_squares')
-        if R and self.decides:
+        if R and self.measures_R:
             self.R, second, *others = sums['reg_sums'].unbind()
             if others:
                 self.theta_u, self.u_squares = second, others[0]
@@ -179,7 +179,7 @@ class Bucket:
 
 
 def make_buckets(optimizer):
-    """The buckets of an optimizer's parameters. The more share a bucket, the faster is a step."""
+    """Return an optimizer's parameters in buckets. Few large ones take less time than many."""
     families, buckets = [], {}  # lists of groups that agree; {what a bucket shares: its arguments}
     for group in optimizer.param_groups:
         groups = next((gs for gs in families if same_options(optimizer, gs[0], group)), None)
@@ -198,13 +198,13 @@ def make_buckets(optimizer):
 
 
 def same_options(optimizer, group, other):
-    """Whether two groups agree in all options. A tensor is equal to itself alone."""
+    """Return whether two groups agree in all options. A tensor is equal to itself alone."""
     pairs = [(group.get(name), other.get(name)) for name in optimizer.defaults]
     return all(x is y or not any(map(torch.is_tensor, (x, y))) and x == y for x, y in pairs)
 
 
 def kernels_for(parameter, optimizer):
-    """The module of kernels/ that updates a parameter. Raises ValueError where `impl` cannot."""
+    """Return the module of kernels/ that updates a parameter. ValueError if `impl` cannot."""
     p, impl, auto = local(parameter), optimizer.impl, optimizer.impl == 'auto'
     float32_on_cpu = p.is_cpu and p.dtype == torch.float32
     if auto:
@@ -231,7 +231,7 @@ class SavedState:
 
     def __enter__(self):
         self.hooks = [
-            self.optimizer.register_load_state_dict_pre_hook(self.check),
+            self.optimizer.register_load_state_dict_pre_hook(self.complete),
             self.optimizer.register_load_state_dict_post_hook(self.restore, prepend=True),
         ]
 
@@ -239,8 +239,8 @@ class SavedState:
         for hook in self.hooks:
             hook.remove()
 
-    def check(self, _, state_dict):
-        """Raise ValueError where it does not fit; else complete its groups by the optimizer's."""
+    def complete(self, _, state_dict):
+        """Add the optimizer's options that its groups lack. Raise ValueError if it does not fit."""
         groups, kind = state_dict['param_groups'], type(self.optimizer).__name__
         for name in ('maximize', 'amsgrad'):
             found = any(group.get(name) for group in groups)
@@ -253,7 +253,6 @@ class SavedState:
             for name in MOMENTS if 'step' in state else ():
                 fits = name in state and state[name].shape == p.shape
                 check(fits, f'{name} of parameter {i} is missing or not of shape {tuple(p.shape)}')
-            state.pop('ema_error', None)  # of an earlier version
             kappa = state.get('kappa')
             if kappa is not None and 'kappa_set' not in state:
                 # pytorch_cpr marks no bound by 1e6 (Kappa-IP) and 0 (Kappa-WS)

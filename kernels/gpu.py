@@ -70,7 +70,8 @@ def pointer(addresses, column: constexpr, start, DTYPE: constexpr, V: constexpr)
 def sum_span(addresses, column, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr):
     """The sums of reg_term and of the elements.
 
-    `size` is a multiple of V: the mask is at < size, visibly the same for the V elements of a lane.
+    `size` is a multiple of V. The mask is at < size, written so that the compiler sees that it is
+    the same for the V elements of a lane, and moves them at once.
     """
     x_ptr = pointer(addresses, column, start, DTYPE, V)
     terms, elements = tl.zeros([LANES * V], tl.float32), tl.zeros([LANES * V], tl.float32)
@@ -87,7 +88,7 @@ def sum_span(addresses, column, start, size, DTYPE: constexpr, REG: constexpr, V
 def adam_span(
     addresses, coefficients, hyper, start, size, DTYPE: constexpr, REG: constexpr, V: constexpr
 ):
-    """plain.adam_ or, where REG is None, plain.moments_; returns the sums of three."""
+    """plain.adam_ or, where REG is None, plain.moments_. Return the three sums of either."""
     theta_ptr = pointer(addresses, 0, start, DTYPE, V)
     grad_ptr = pointer(addresses, 1, start, DTYPE, V)
     exp_avg_ptr = pointer(addresses, 2, start, tl.float32, V)
@@ -221,7 +222,7 @@ def _correct(chunks, addresses, coefficients, proceed, DTYPE: constexpr, REG: co
 @triton.jit
 def _apply(chunks, addresses, coefficients, hyper, proceed, DTYPE: constexpr):
     """plain.apply_ for a chunk. 16 bytes an element (float32)."""
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # what `_moments` wrote last is cached
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # what `_adam` wrote last is cached
     j, start, size = chunk_of(chunks, chunk)
     addresses += 4 * j
     coefficients += 4 * j

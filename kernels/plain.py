@@ -19,10 +19,10 @@ def grad_squares(t):
 
 
 def reg_sums(t):
-    """What R needs of each tensor: (2, n) float64. 4 bytes a parameter.
+    """sum(reg_term) and sum(theta) of each tensor: (2, n) float64. 4 bytes a parameter.
 
-    Row 0 has the sums of `reg_term`, row 1 the sums of theta. gpu.py and cpu.py keep those that
-    `adam_` leaves while nobody else writes the weights.
+    gpu.py and cpu.py return the sums that the last `adam_` left, at no cost, unless somebody has
+    written the weights since.
     """
     terms = torch.stack([total(reg_term(p.float(), t.reg_function)) for p in t.params])
     return torch.stack([terms, torch.stack([total(p) for p in t.params])])
@@ -34,7 +34,7 @@ def adam_(t, coefficients, hyper, proceed):
         m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  g = grad_coef * grad
         theta <- (1 - d) theta + shift - s m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-    (1 - d) theta + shift is `corrected`, other for l1 and huber.
+    For l1 and huber `corrected` replaces (1 - d) theta + shift.
     coefficients: (n, 4) float32, a row a tensor: d, shift, s = lr / (1 - beta1^t) and
     1 / sqrt(1 - beta2^t). hyper: (6,) float32: grad_coef, beta1, 1 - beta1, beta2, 1 - beta2, eps.
     proceed: 0-d bool; where False, nothing changes.
@@ -51,7 +51,7 @@ def adam_(t, coefficients, hyper, proceed):
 
 
 def correct_(t, coefficients, proceed):
-    """theta <- `corrected`. 8 bytes a parameter, none where d is 0."""
+    """theta <- `corrected`. 8 bytes a parameter in gpu.py and cpu.py, none where d is 0."""
     for theta, g, (d, shift, _, _) in zip(t.params, t.grads, coefficients, strict=True):
         if g is not None:
             new = corrected(theta.float(), d, shift, t.reg_function)
@@ -79,7 +79,7 @@ def moments_(t, coefficients, hyper, proceed):
 
 
 def apply_(t, coefficients, hyper, proceed):
-    """The second half: theta <- (1 - d) theta - s u. 16 bytes a parameter."""
+    """The second half: theta <- (1 - d) theta - s u. 16 bytes a parameter in gpu.py and cpu.py."""
     tensors = zip(t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, coefficients, strict=True)
     for theta, g, m, v, (d, _, s, rsqrt_bias2) in tensors:
         if g is not None:

@@ -89,42 +89,43 @@ class Table(Tensors):
         return torch.tensor(self._rows, pin_memory=self.device.type == 'cuda')
 
     def sums_are_current(self):
-        """Whether `sums` is of the weights as they are now, as far as PyTorch counts writes."""
+        """Return whether `sums` is of the weights as they are, by PyTorch's count of writes."""
         return self._versions == [p._version for p in self.params]
 
     def mark_sums_current(self):
-        self._versions = [p._version for p in self.params]
+        if not is_capturing(self.device):  # nothing that a graph records has been done
+            self._versions = [p._version for p in self.params]
 
     def mark_written(self, summed=False):
         """Count a kernel's write of the tensors that have a gradient, summed by it or not."""
         written = [j for j, g in enumerate(self.grads) if g is not None]
         torch.autograd.graph.increment_version([self.params[j] for j in written])
-        for j in written if summed else ():
+        for j in written if summed and not is_capturing(self.device) else ():
             self._versions[j] = self.params[j]._version
 
 
 def local(x):
-    """This process's shard of a DTensor; any other tensor as it is."""
+    """Return this process's shard of a DTensor; any other tensor as it is."""
     return x.to_local() if hasattr(x, 'device_mesh') else x
 
 
 def is_capturing(device):
-    """Whether a CUDA graph records what is done on a device, instead of doing it."""
+    """Return whether a CUDA graph records what is done on a device, instead of doing it."""
     return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
 
 def sum_dtype(device):
-    """The dtype of sums over whole tensors."""
+    """Return the dtype of sums over whole tensors."""
     return torch.float32 if device.type == 'mps' else torch.float64  # Metal has no float64
 
 
 def is_dense(x):
-    """Whether the elements of x fill its memory without gaps or overlaps."""
+    """Return whether the elements of x fill its memory without gaps or overlaps."""
     return x.is_contiguous() or x.stride() == torch.empty_like(x, device='meta').stride()
 
 
 def as_laid_out(p, x, dtype):
-    """x, or a copy of it in this dtype, on p's device and with p's strides."""
+    """Return x, or a copy of it in this dtype, on p's device and with p's strides."""
     same = x.stride() == p.stride() or x.is_contiguous() and p.is_contiguous()
     if same and x.dtype == dtype and x.device == p.device:
         return x

@@ -237,10 +237,16 @@ def test_parameters_may_be_given_with_their_names(variant):
 CPR_OF_ZEROS = dict(kappa_init_method='dependent', kappa_init_param=2.0)
 
 
+def with_ratios(model):
+    optimizer = AdamWN(model)
+    optimizer.set_ratios({model['b'].weight: 1.5})
+    return optimizer
+
+
 @pytest.mark.parametrize(
     'make_it',
-    [lambda p: AdamCPR(p, **CPR_OF_ZEROS), lambda p: AdamWN(p, ratio=1.5)],
-    ids=['dependent', 'ratio'],
+    [lambda p: AdamCPR(p, **CPR_OF_ZEROS), lambda p: AdamWN(p, ratio=1.5), with_ratios],
+    ids=['dependent', 'ratio', 'ratios'],
 )
 def test_a_tensor_that_starts_at_zero_is_named_once_since_its_target_is_zero(make_it):
     torch.manual_seed(0)

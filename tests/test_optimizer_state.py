@@ -179,6 +179,20 @@ def test_a_copy_goes_on_as_the_original_does(variant, duplicate):
     assert torch.equal(optimizer.grad_norm, other.grad_norm)
 
 
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, unpickled])
+def test_a_copy_made_beside_a_scheduler_steps_itself(duplicate):
+    """torch's schedulers replace the optimizer's `step` by a function bound to that optimizer."""
+    params = parameters()
+    grads = gradient_steps(params)
+    optimizer = AdamCPR(params, lr=1e-2)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train(optimizer, params, grads[:1])
+    other_params, other = duplicate((params, optimizer))
+    before = copies(params)
+    train(other, other_params, grads[1:2])
+    assert same_bits(params, before) and not same_bits(params, other_params)
+
+
 def test_a_step_may_be_an_integer():
     params = parameters()
     state = stepped(AdamW(params, lr=0.1), params).state_dict()

@@ -31,6 +31,7 @@ from helpers.reference import Reference, gradients, weights
 from torch import nn
 
 from cpr import AdamCPR, AdamW, AdamWN
+from nanonorm.kernels import tensors
 
 KINDS_OF_WRITES = {
     'copy': lambda p: p.copy_(1.4 * p),
@@ -91,6 +92,20 @@ def test_a_model_moved_to_other_memory_goes_on(variant):
         train(b, other, [step])
     assert same_bits(params, other)
     assert_same_state(a, b)
+
+
+def test_what_a_cuda_graph_records_is_not_taken_for_done(monkeypatch):
+    """A replay does it, and in what order with other writes nobody knows."""
+    p = nn.Parameter(torch.ones(3))
+    table = tensors.Table([p])
+    table.set_grads([torch.ones(3)])
+    table.mark_written(summed=True)
+    assert table.sums_are_current()
+    monkeypatch.setattr(tensors, 'is_capturing', lambda device: True)
+    table.mark_written(summed=True)
+    assert not table.sums_are_current()
+    table.mark_sums_current()
+    assert not table.sums_are_current()
 
 
 def test_autograd_notices_that_a_step_wrote_a_weight():
