@@ -119,8 +119,7 @@ def main():
             fail(f'{path} is there already; choose another TARGET, or remove it')
     source = args.out_dir
     if not checkpoint.is_at(source):
-        newest_file = os.path.join(source, 'ckpt.pt')
-        source = next(iter(checkpoint.all_of(newest_file)), newest_file)
+        source = checkpoint.of_run(source)
     try:
         model, saved = checkpoint.load_model(source)
         if args.to == 'hf':

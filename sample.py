@@ -6,20 +6,19 @@
 The text goes to standard output.
 """
 
-import os
 import signal
 
 import torch
 
-from configurator import configure
+from configurator import check, configure
 from data.tokenizers import GPT2Tokenizer, check_vocabulary, read_text, tokenizer_of
 from model import GPT
 from runtime import checkpoint
 from runtime.device import setup
 from runtime.errors import border, fail
 
-init_from = 'resume'  # 'resume' (out_dir/ckpt.pt), a checkpoint's path, 'gpt2', ... or a folder
-out_dir = 'out'  # where 'resume' finds ckpt.pt
+init_from = 'resume'  # out_dir's newest checkpoint; or a checkpoint's path, 'gpt2', ... or a folder
+out_dir = 'out'  # where 'resume' finds the checkpoint
 start = '\n'  # the prompt, or FILE:prompt.txt; '<|endoftext|>' is GPT-2's token
 num_samples = 10  # how many continuations of the prompt
 max_new_tokens = 500  # in each
@@ -31,7 +30,8 @@ device = 'auto'  # 'cpu', 'cuda', 'cuda:1', 'mps'; 'auto' takes the fastest ther
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto' takes the device's fastest
 compile = False  # torch.compile: takes minutes, pays off for many samples
 with border():
-    configure(globals())
+    settings, _ = configure(globals())
+    check(settings, {'>= 1': 'num_samples max_new_tokens top_k', '>= 0': 'temperature'})
 
 
 def whole_characters(ids, decode):
@@ -64,7 +64,7 @@ def prompt_of(start):
 def load():
     """Return the model and the tokenizer that the settings name."""
     if init_from == 'resume' or init_from.endswith('.pt') or checkpoint.is_at(init_from):
-        path = os.path.join(out_dir, 'ckpt.pt') if init_from == 'resume' else init_from
+        path = checkpoint.of_run(out_dir) if init_from == 'resume' else init_from
         model, saved = checkpoint.load_model(path)
         return model, tokenizer_of(path, saved, bpe_file)
     try:
@@ -77,14 +77,6 @@ def load():
 
 
 with border():
-    for name, least in {
-        'num_samples': 1,
-        'max_new_tokens': 1,
-        'temperature': 0,
-        'top_k': 1,
-    }.items():
-        if not globals()[name] >= least:
-            fail(f'{name}={globals()[name]} must be at least {least}')
     if temperature < 1e-10:  # logits divided by it would overflow
         temperature = 0.0
     prompt = prompt_of(start)

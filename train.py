@@ -140,14 +140,13 @@ if resume_path:
     model = checkpoint.model_of(saved, dropout=dropout)
 elif init_from != 'scratch':
     model = GPT.from_pretrained(init_from, override_args=dict(dropout=dropout))
-    settings['block_size'] = min(block_size, model.config.block_size)
-    model.crop_block_size(settings['block_size'])
+    model.crop_block_size(min(block_size, model.config.block_size))
     adopt(settings, given, model.config.model_args(), init_from)
 block_size = settings['block_size']
 
 data = TokenData(os.path.join('data', dataset), block_size, model and model.config.vocab_size)
 if init_from == 'scratch':
-    vocab_size = data.meta['vocab_size'] if data.meta else 50304  # GPT-2's 50257, rounded up
+    vocab_size = data.vocab_size_of_new_model()
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
     model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes), init_std)
 
@@ -167,7 +166,7 @@ watch = Watch(loss_spike)
 iter_num, best_val_loss = 0, math.inf
 if saved:
     iter_num, best_val_loss = int(saved['iter_num']), float(saved['best_val_loss'])
-    init_norms.update(saved.get('init_norms', {}))  # of the start, which was not this one
+    init_norms.update(saved.get('init_norms', {}))  # of the run's start, not of this resume
     watch.average = saved.get('loss_average', watch.average)
     checkpoint.read_shards(saved, resume_path, model)
     if not eval_only:
@@ -229,9 +228,9 @@ def micro_batch(i):
 if eval_only:
     train_loss, val_loss = estimate_loss()
     print(f'iteration {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
-elif iter_num >= max_iters > 0:
+elif nothing_left := iter_num >= max_iters > 0:
     print(f'{init_from}: already at iteration {iter_num} of {max_iters=}, nothing is left to train')
-if eval_only or iter_num >= max_iters > 0:
+if eval_only or nothing_left:
     ranks.close()
     sys.exit()
 
@@ -245,14 +244,13 @@ if ranks.rank == 0 and init_from != 'resume':
 elif ranks.rank == 0 and damaged:
     checkpoint.put_in_place(writer.path, resume_path, damaged)
     for path, reason in damaged.items():
-        print(f'{path} is damaged ({reason}): resumes from the one before it, {resume_path}')
         log.write('damaged', iter=iter_num, path=path, reason=reason, used=resume_path)
 
 sequences = batch_size * gradient_accumulation_steps
 parameters = model.get_num_params()
 machine = dict(device=rt.device, dtype=rt.dtype, torch=torch.__version__)
 log.write('config', config=settings, parameters=parameters, **machine)
-print(
+ranks.say(
     f'{parameters / 1e6:.2f}M parameters, {sequences * block_size:,} tokens an iteration, '
     f'{optimizer} on {rt.device} in {rt.dtype}, from {init_from} at iteration {iter_num}'
 )
@@ -269,7 +267,7 @@ while True:
     if iter_num % eval_interval == 0 or finished:
         with clock.evaluation(iter_num):
             train_loss, val_loss = estimate_loss()
-        print(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}', flush=True)
+        ranks.say(f'step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
         log.write('eval', iter=iter_num, train_loss=train_loss, val_loss=val_loss)
         save_now = save_now or val_loss < best_val_loss or always_save_checkpoint
         best_val_loss = min(best_val_loss, val_loss)
@@ -324,8 +322,8 @@ while True:
             entry['spike'] = True
             line += ', SPIKE'
         log.write('train', iter=iter_num, **entry)
-        print(f'{line}, {clock.left()}', flush=True)
-        if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
+        ranks.say(f'{line}, {clock.left()}')
+        if watch.skipped_in_a_row(iter_num, skipped) >= (max_skipped_steps or math.inf):
             problem = f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}'
             remedy = 'resume with a lower learning_rate'
             fail(f'{problem}; the largest: {largest_gradients(model)}; {remedy}')
@@ -335,10 +333,12 @@ while True:
     # stop on a signal; after the last iteration only an evaluation is left
     stop_signal = ranks.stop_signal()
     if stop_signal and iter_num < max_iters:
-        save()
-        writer.wait()
         stopped = f'stopped by {signal.Signals(stop_signal).name} after iteration {iter_num - 1}'
-        print(f'{stopped}: wrote {writer.path}; resume with --init_from=auto', flush=True)
+        if not watch.in_a_row:
+            save()
+        writer.wait()
+        written = 'no checkpoint, since steps are skipped' if watch.in_a_row else writer.path
+        ranks.say(f'{stopped}: wrote {written}; resume with --init_from=auto')
         break
 
 # ---- the end

@@ -14,7 +14,7 @@ import torch
 from runtime.errors import fail
 
 SPLITS = ('train', 'val')
-EVALUATION_SEED = 1 << 40  # above any run's seed: all runs are evaluated on the same batches
+EVALUATION_SEED = 1 << 40  # of all runs, which are evaluated on the same batches
 CHECKED_AT_OPEN = 1 << 26  # tokens of each split: 128 MB
 
 
@@ -41,6 +41,11 @@ class TokenData:
         self.dtype = np.dtype((self.meta or {}).get('dtype', 'uint16')).newbyteorder('<')
         self.vocab_size = vocab_size or (self.meta or {}).get('vocab_size', 1 << 16)
         self.splits = {split: self._open(split) for split in SPLITS}
+
+    def vocab_size_of_new_model(self):
+        """Return the number of ids, GPT-2's 50,257 rounded up to 50,304: products are faster."""
+        size = (self.meta or {}).get('vocab_size', 50257)
+        return 50304 if size == 50257 else size
 
     def _open(self, split):
         path = self.folder / f'{split}.bin'

@@ -71,11 +71,14 @@ def _move_on(path, keep):
         elif i + 1 < keep:
             os.replace(old, _older(path, i + 1))
     if keep > 1 and os.path.exists(path):
+        link = f'{path}.link'
+        remove(link)  # a kill leaves it, and os.replace, if ckpt.1.pt is a link to ckpt.pt already
         try:
-            os.link(path, f'{path}.link')
-            os.replace(f'{path}.link', _older(path, 1))
+            os.link(path, link)
+            os.replace(link, _older(path, 1))
         except OSError:  # a file system without links
-            shutil.copyfile(path, _older(path, 1))
+            with replacing(_older(path, 1)) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 class Writer:
@@ -156,12 +159,18 @@ def all_of(path):
     return folders + files
 
 
+def of_run(out_dir):
+    """Return the path of a run's newest checkpoint, which need not be there."""
+    newest_file = os.path.join(out_dir, 'ckpt.pt')
+    return next(iter(all_of(newest_file)), newest_file)
+
+
 def find(init_from, out_dir, ranks):
     """Return (init_from, path, damaged): what a run starts from.
 
     init_from: the setting. 'auto' becomes 'resume' or 'scratch', out_dir's own ckpt.pt 'resume'.
     path: the checkpoint to read, None if the run does not start from one.
-    damaged: {newer checkpoint of the run: why it cannot be used}.
+    damaged: {newer checkpoint of the run: why it cannot be used}, which are printed.
     Fails if there is nothing to start from.
     """
     own, given = os.path.join(out_dir, 'ckpt.pt'), is_at(init_from)
@@ -173,7 +182,10 @@ def find(init_from, out_dir, ranks):
         problem = f"init_from='{init_from}' lies in out_dir, whose checkpoints a new run replaces"
         fail(f'{problem}; give another --out_dir')
     if init_from == 'resume':
-        return 'resume', *ranks.from_rank0(lambda: newest(own))
+        path, damaged = ranks.from_rank0(lambda: newest(own))
+        for newer, reason in damaged.items():
+            print(f'{newer} is damaged ({reason}): starts from the one before it, {path}')
+        return 'resume', path, damaged
     if given:
         return init_from, init_from, {}
     is_gpt2 = init_from.startswith('gpt2') or os.path.isdir(init_from)
@@ -263,7 +275,7 @@ def load(path, checked=False):
     Fails if there is no checkpoint, or it is damaged or holds what no trainer writes.
     """
     if not is_at(path):
-        fail(f'there is no checkpoint at {path}; train one first, or start with --init_from=auto')
+        fail(f'there is no checkpoint at {path}; train one first, or give the path of another')
     reason = None if checked else damage(path)
     if reason:
         fail(_unreadable(path, reason))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.device import DTYPES
-from runtime.errors import fail
+from runtime.errors import can_flush, fail
 
 
 @dataclass
@@ -175,7 +175,8 @@ class Ranks:
     def catch_signals(self):
         """Note SIGINT, SIGTERM and SIGUSR1 (SLURM's --signal=USR1@180) from now on.
 
-        They no longer end the process: ask stop_signal(). A second signal ends it at once.
+        They no longer end the process: ask stop_signal(). Of one process, not torchrun's, the same
+        signal again is the end at once.
         """
 
         def note(number, _):
@@ -186,6 +187,17 @@ class Ranks:
         self._signal = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, note)
+
+    def say(self, line):
+        """Print a line. If nobody reads standard output any more, stop as on a signal: SIGPIPE.
+
+        On Ctrl-C the other end of a pipe, such as `tee`, is gone before the checkpoint is written.
+        """
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            can_flush(sys.stdout)
+            self._signal = self._signal or signal.SIGPIPE
 
     def stop_signal(self):
         """Return the number of a signal that some rank has received, or 0."""

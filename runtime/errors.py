@@ -79,10 +79,10 @@ def _answer(error, remedy=None):
         return
     if os.environ.get('NANONORM_TRACEBACK') == '1':
         traceback.print_exception(error)
-    if isinstance(error, OSError) and not _can_flush(sys.stdout):
+    if isinstance(error, OSError) and not can_flush(sys.stdout):
         reason = f'standard output: {reason}'
     if isinstance(error, BrokenPipeError):
-        _can_flush(sys.stderr)
+        can_flush(sys.stderr)
         sys.exit(128 + signal.SIGPIPE)
     if remedy or ';' not in reason:  # else the message says already what to do
         reason += f'; {remedy or "NANONORM_TRACEBACK=1 shows where it happened"}'
@@ -109,7 +109,7 @@ def _shortened(text, most=200):
     return text if len(text) <= most else f'{text[: most // 2]} ... {text[-most // 2 :]}'
 
 
-def _can_flush(stream):
+def can_flush(stream):
     """Return whether `stream` can be written. If not, discard what it holds and will get."""
     try:
         if stream is not None:

@@ -29,6 +29,7 @@ from runtime.errors import fail
 from runtime.files import replacing
 
 NAME = 'log.jsonl'
+INTERVALS = {'eval': 'eval_interval', 'norms': 'norm_log_interval'}  # the settings
 
 
 def read(out_dir):
@@ -162,10 +163,24 @@ class TensorBoard:
         self.writer.close()
 
 
+@contextmanager
+def _writing_to(out_dir):
+    """Fail if another run has the lock of the folder, or it cannot be written."""
+    try:
+        yield
+    except BlockingIOError:
+        remedy = 'wait until it is done, or choose another --out_dir'
+        fail(f'another run is writing to {out_dir}; {remedy}')
+    except OSError as e:
+        problem = f"out_dir='{out_dir}' cannot be written ({e.strerror})"
+        fail(f'{problem}; choose another with --out_dir=PATH')
+
+
 class RunLog:
     """Append to out_dir/log.jsonl, and draw the entries on the charts that the settings ask for.
 
-    A run that continues at `iter_num` first drops the entries that it will write again.
+    A run that continues at `iter_num` first drops the entries that it will write again. A new run
+    renames an earlier run's log to log.jsonl.old.
     writes: False for all ranks but one: they write and draw nothing.
     Fails if another run has the folder, or it cannot be written.
     """
@@ -177,26 +192,33 @@ class RunLog:
         out_dir = settings['out_dir']
         if settings['tensorboard_log']:
             self.charts.append(TensorBoard(out_dir, iter_num))
-        if settings['wandb_log']:
-            names = settings['wandb_project'], settings['wandb_run_name']
-            self.charts.append(WandB(*names, settings))
         self.path = os.path.join(out_dir, NAME)
-        try:
+        with _writing_to(out_dir):
             os.makedirs(out_dir, exist_ok=True)
             # the system releases the lock when this process ends, even if it is killed
             self.lock = open(os.path.join(out_dir, '.lock'), 'w')
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            kept = read(out_dir) if iter_num > 0 and os.path.exists(self.path) else []
-            kept = [e for e in kept if not (type(e.get('iter')) is int and e['iter'] >= iter_num)]
-            with replacing(self.path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-                f.writelines(map(line, kept))
+        if settings['wandb_log']:
+            names = settings['wandb_project'], settings['wandb_run_name']
+            self.charts.append(WandB(*names, settings))
+        with _writing_to(out_dir):
+            if os.path.exists(self.path):
+                if iter_num > 0:
+                    self._drop_entries_from(iter_num, settings)
+                else:
+                    os.replace(self.path, f'{self.path}.old')
             self.file = open(self.path, 'ab', buffering=0)  # a kill loses nothing that was written
-        except BlockingIOError:
-            remedy = 'wait until it is done, or choose another --out_dir'
-            fail(f'another run is writing to {out_dir}; {remedy}')
-        except OSError as e:
-            problem = f"out_dir='{out_dir}' cannot be written ({e.strerror})"
-            fail(f'{problem}; choose another with --out_dir=PATH')
+
+    def _drop_entries_from(self, iter_num, settings):
+        kept = []
+        for entry in read(settings['out_dir']):
+            interval = INTERVALS.get(entry.get('kind'))
+            # what a run writes at its end, one that goes on from there need not write again
+            last = entry.get('iter') == iter_num and interval and iter_num % settings[interval] > 0
+            if last or not (type(entry.get('iter')) is int and entry['iter'] >= iter_num):
+                kept.append(entry)
+        with replacing(self.path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+            f.writelines(map(line, kept))
 
     def write(self, kind, **entry):
         if self.file is None:

@@ -111,6 +111,19 @@ def refused(tmp_path, content, capsys, says):
     assert err.startswith('error: ') and err.count('\n') == 1 and says in err
 
 
+def test_a_kill_between_link_and_rename_leaves_nothing_behind(tmp_path):
+    path, older = tmp_path / 'ckpt.pt', tmp_path / 'ckpt.1.pt'
+    checkpoint.save(path, {'save': 1}, keep=2)
+    (tmp_path / 'ckpt.pt.link').hardlink_to(path)  # killed before it became ckpt.1.pt
+    checkpoint.save(path, {'save': 2}, keep=2)
+    older.unlink()
+    older.hardlink_to(path)  # killed before ckpt.pt was replaced
+    for save in 3, 4:
+        checkpoint.save(path, {'save': save}, keep=2)
+    assert (torch.load(path), torch.load(older)) == ({'save': 4}, {'save': 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.1.pt', 'ckpt.pt']
+
+
 def test_a_model_that_does_not_fit_is_one_error_line(saved, capsys):
     for key, value in {'n_layer': 'two', 'n_embd': 8, 'vocab_size': -1, 'unknown': 1}.items():
         args = {**saved['model_args'], key: value}

@@ -125,6 +125,13 @@ def test_a_checkpoint_by_its_path_is_the_one_in_its_out_dir(run, out_dir):
     assert by_path == run(*arguments, f'--out_dir={out_dir}') and by_path[0] == 0
 
 
+def test_without_ckpt_pt_it_takes_the_newest_checkpoint_of_the_run(run, out_dir):
+    arguments = f'--out_dir={out_dir}', '--num_samples=1', '--max_new_tokens=30'
+    before = run(*arguments)
+    (out_dir / 'ckpt.pt').rename(out_dir / 'ckpt.1.pt')
+    assert run(*arguments) == before and before[0] == 0
+
+
 def test_prompt_from_a_file(run, out_dir):
     (out_dir / 'prompt.txt').write_text('head\nbead')
     status, out, _ = run(

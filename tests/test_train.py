@@ -152,6 +152,15 @@ def test_grad_clip_clips_the_gradients_and_the_log_has_their_norm_before_that(tr
     assert all(e['grad_norm'] > 0.1 for e in entries(tmp_path / 'out', 'train'))
 
 
+def test_without_clipping_the_optimizer_not_the_gradient_scaler_skips(train, monkeypatch):
+    """Else steps that the scaler skips would not be counted."""
+    step, optimizers = AdamW.step, []
+    monkeypatch.setattr(AdamW, 'step', lambda self: (optimizers.append(self), step(self)))
+    train('--grad_clip=0.0')
+    assert all(optimizer._step_supports_amp_scaling for optimizer in optimizers)
+    assert len(optimizers) == 8
+
+
 @pytest.mark.parametrize(
     'default, other, arguments',
     [
@@ -590,6 +599,30 @@ def test_a_signal_finishes_the_iteration_and_writes_a_checkpoint(tmp_path, datas
     assert saved['iter_num'] == max(losses(tmp_path / 'out')) + 1 >= 6
 
 
+def test_ctrl_c_that_also_ends_tee_still_writes_a_checkpoint(tmp_path, dataset):
+    """A terminal sends it to both ends of a pipe, and the other end is gone first."""
+    process = start(tmp_path / 'out', dataset, '--max_iters=100000', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('iter 5:'):
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    err = process.stderr.read()
+    assert (process.wait(timeout=60), err) == (128 + signal.SIGINT, '')
+    assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] >= 6
+
+
+def test_a_run_whose_output_nobody_reads_stops_with_a_checkpoint(tmp_path, dataset):
+    process = start(tmp_path / 'out', dataset, '--max_iters=100000', '--eval_interval=100000')
+    for line in process.stdout:
+        if line.startswith('iter 5:'):
+            break
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(timeout=60), err) == (128 + signal.SIGPIPE, '')
+    assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] >= 6
+
+
 def test_twenty_kills_leave_the_same_log_as_an_undisturbed_run(tmp_path, dataset):
     arguments = (
         '--optimizer=adamcpr',
@@ -721,12 +754,24 @@ def test_stopped_in_its_last_iteration_a_run_still_ends_as_if_it_had_not_been(
 def test_a_new_run_in_an_old_out_dir_is_not_taken_for_the_old_one(train, tmp_path):
     train()
     old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    old_log = (tmp_path / 'out' / 'log.jsonl').read_bytes()
     train(
         '--max_iters=2', '--always_save_checkpoint=False', '--learning_rate=0.0', '--min_lr=0.0'
     )  # leaves none
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
     assert (tmp_path / 'out' / 'ckpt.pt.old').read_bytes() == old
+    assert (tmp_path / 'out' / 'log.jsonl.old').read_bytes() == old_log
     assert 'from scratch at iteration 0' in train('--init_from=auto').out
+
+
+def test_a_run_made_longer_keeps_its_last_evaluation(train, tmp_path):
+    train('--max_iters=7', '--eval_interval=4', '--norm_log_interval=4')
+    ended = entries(tmp_path / 'out', 'eval')[-1], entries(tmp_path / 'out', 'norms')[-1]
+    train('--max_iters=10', '--eval_interval=4', '--norm_log_interval=4', '--init_from=auto')
+    assert [e['iter'] for e in entries(tmp_path / 'out', 'eval')] == [0, 4, 7, 8, 10]
+    assert [e['iter'] for e in entries(tmp_path / 'out', 'norms')] == [0, 4, 7, 8, 10]
+    assert ended[0] in entries(tmp_path / 'out', 'eval')
+    assert ended[1] in entries(tmp_path / 'out', 'norms')
 
 
 def test_a_run_that_continues_a_checkpoint_from_elsewhere_logs_only_its_own(train, tmp_path):
@@ -850,7 +895,7 @@ def test_a_wrong_setting_ends_with_one_error_line_and_writes_nothing(
             'kappa_init_param=0.0 must be > 0',
         ),
         (('--kappa_init_method=uniform', '--kappa_init_param=0'), 'must be > 0'),
-        (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole steps'),
+        (('--kappa_init_method=warm_start', '--kappa_init_param=2.5'), 'whole number of steps'),
         (('--kappa_init_method=sometimes',), 'inflection_point'),
         (('--reg_function=l3',), 'huber'),
         (('--reg_step_size=0',), '>= 1'),
@@ -1101,6 +1146,26 @@ def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(
     bad(outcome, 'no finite gradient in 3 steps up to iteration 7', 'transformer.wpe.weight nan')
     assert max(losses(tmp_path / 'out')) == 7
     assert train('--max_iters=12', '--max_skipped_steps=0', out='never').status == 0
+
+
+def test_a_signal_while_steps_are_skipped_leaves_the_checkpoints(train, tmp_path, monkeypatch):
+    step, calls = AdamW.step, []
+
+    def not_finite(self, *args):
+        calls.append(self)
+        if len(calls) > 5:
+            self.param_groups[0]['params'][1].grad.fill_(float('nan'))
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(AdamW, 'step', not_finite)
+    for most in 8, 0:
+        calls.clear()
+        outcome = train('--max_iters=100', f'--max_skipped_steps={most}', '--eval_interval=4')
+        assert outcome.status == 128 + signal.SIGTERM
+        assert 'wrote no checkpoint, since steps are skipped' in outcome.out
+        assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 4
 
 
 def test_weights_that_are_no_numbers_do_not_replace_the_checkpoints(train, tmp_path, monkeypatch):
