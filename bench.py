@@ -215,9 +215,12 @@ class NoGPU:
 
 def bench_host():
     """Time all of a step on a GPU but the kernels. The CPU takes the place of the GPU."""
-    import triton
+    try:
+        import triton
 
-    from nanonorm.kernels import gpu
+        from nanonorm.kernels import gpu
+    except ImportError:
+        fail('what=host needs Triton, which is for Linux: pip install triton')
 
     triton.runtime.driver.set_active(NoGPU())
     gpu.INTERPRETED = True  # no GPU is asked for

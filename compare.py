@@ -429,7 +429,7 @@ def main(argv):
 
 if __name__ == '__main__':
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as on Ctrl-C
-    with border('mend that, and the same command goes on'):
+    with border('fix that, then run the same command again'):
         try:
             main(sys.argv[1:])
         except KeyboardInterrupt:

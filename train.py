@@ -76,7 +76,7 @@ kappa_init_param = 1000.0  # warm_start: steps; uniform: kappa; dependent: kappa
 reg_function = 'l2'  # what is bounded: 'l2', 'l1', 'std' or 'huber'
 kappa_update = 1.0  # mu: how fast lambda follows the violation of the bound
 reg_step_size = 200  # inflection_point: steps between two looks at the growth
-reg_ema_decay = 0.99  # inflection_point: of the moving average that is looked at
+reg_ema_decay = 0.99  # inflection_point: decay of the average of R
 reg_embedding = False  # bound wte, which is also the output layer, and wpe
 reg_by_lr = False  # multiply the correction by the learning rate
 # AdamWN

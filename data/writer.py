@@ -80,7 +80,7 @@ def _release(lock, folders):
 
 def _fail_to_write(folder, error):
     problem = f'cannot write the data set to {folder} ({error.strerror or error})'
-    fail(f'{problem}; mend that and run this again')
+    fail(f'{problem}; fix that and run this again')
 
 
 def write_dataset(

@@ -341,10 +341,18 @@ def _wrong_in(checkpoint, tensors):
         shape = getattr(state.get('exp_avg'), 'shape', None)
         missing = dict.fromkeys(MOMENTS if 'step' in state else ())
         for key, x in {**missing, **state}.items():
-            right = x.shape == shape or x.numel() == 1 if torch.is_tensor(x) else key not in MOMENTS
-            if not right or key == 'step' and not _are_finite([x]):
+            if not _fits(key, x, shape):
                 return f'has a wrong {key} of parameter {i}'
     return None
+
+
+def _fits(key, x, shape):
+    """Return whether x can be entry `key` of the state of a parameter of this shape."""
+    if key == 'step' and not _are_finite([x]):
+        return False
+    if torch.is_tensor(x):
+        return x.shape == shape or x.numel() == 1
+    return key not in MOMENTS
 
 
 def model_of(saved, **args):

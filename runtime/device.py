@@ -67,6 +67,8 @@ def setup(device='auto', dtype='auto', seed=1337):
     if dtype not in DTYPES:
         fail(f"dtype='{dtype}' is not one of 'auto', {', '.join(repr(name) for name in DTYPES)}")
 
+    if device_type == 'cuda' and ':' in device:
+        torch.cuda.set_device(device)  # for synchronize(), events and memory figures
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Two nodes of 8 GPUs under SLURM:   sbatch scripts/two_nodes.sh config/train_gpt2_cpr.py --out_dir=/shared/out
+# Two nodes of 8 GPUs under SLURM:
+#     sbatch scripts/two_nodes.sh config/train_gpt2_cpr.py --out_dir=/shared/out \
+#         --batch_size=10 --gradient_accumulation_steps=48
+# These are as many tokens an iteration as the config's; 16, the number of processes, divides 48.
 # Without SLURM run the last command on each node, with the first node's name for HEAD. out_dir and data/ must be on a
 # file system that both nodes see.
 #SBATCH --nodes=2

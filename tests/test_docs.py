@@ -6,6 +6,7 @@ that need a GPU, a network or minutes are only checked: script, options and conf
 
 import importlib.util
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -16,6 +17,9 @@ import pytest
 import torch.distributed.run
 from conftest import ROOT, TINY
 from pyarrow import parquet
+
+from compare import train_settings
+from configurator import configure
 
 PAGES = [*sorted((ROOT / 'docs').glob('*.md')), ROOT / 'README.md']  # data.md comes first
 LINKING = [*PAGES, ROOT / 'results' / 'README.md', ROOT / 'results' / 'optimizer.md']
@@ -107,6 +111,27 @@ def test_what_a_command_names_exists(command, options):
                 assert word.partition('=')[0] in known
             elif word.startswith('config/'):
                 assert (ROOT / word).is_file()
+
+
+def processes(command):
+    """Return how many processes a command starts for train.py, 0 if it starts none."""
+    words = shlex.join(command)
+    if command[0] == 'sbatch':
+        words = (ROOT / split(command)[0]).read_text()
+    elif command[0] != 'torchrun' or split(command)[0] != 'train.py':
+        return 0
+    return math.prod(map(int, re.findall(r'--(?:nnodes|nproc_per_node)=(\d+)', words)))
+
+
+@pytest.mark.parametrize('command', [c for c in ALL if processes(c.values[0])])
+def test_the_processes_of_a_command_divide_its_micro_steps(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = split(command)[1]
+    settings, _ = configure(train_settings()[0], arguments)
+    assert settings['gradient_accumulation_steps'] % processes(command) == 0
+    if 'gpt2' in shlex.join(command):
+        tokens = 'gradient_accumulation_steps', 'batch_size', 'block_size'
+        assert math.prod(settings[name] for name in tokens) == 491_520
 
 
 def runs(command):
