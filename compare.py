@@ -373,7 +373,7 @@ def parse(argv):
     args, common = parser.parse_known_args(argv)
     for word in common:
         if not re.match('--[^=]+=', word):
-            fail(f'{word} stands behind an option and is no --key=value; put all CONFIGs first')
+            fail(f'{word} is not --key=value; CONFIGs go before all options')
     most = 8 * os.cpu_count()
     if args.jobs is not None and not 1 <= args.jobs <= most:
         fail(f'--jobs={args.jobs} must be from 1 to {most}, which is 8 for each core')

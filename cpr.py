@@ -1,6 +1,6 @@
 """AdamW, AdamCPR, AdamWN and AdamH: Adam whose regularizer is the norm of each weight tensor.
 
-With R = sum(theta^2) and order='before', all four are one update of tensor j,
+With R = sum(theta^2), and except for order='after', all four are one update of tensor j,
 
     theta_j <- (1 - d_j) * theta_j - s_j * u_j,    u_j = m_j / (sqrt(v_hat_j) + eps)
 
@@ -28,7 +28,7 @@ KAPPA_INIT_METHODS = ('uniform', 'dependent', 'warm_start', 'inflection_point')
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# arguments that factories of other packages pass along: accepted if false or 0
+# arguments that factories of other packages pass along: accepted if False, 0 or None
 NEUTRAL = 'amsgrad maximize capturable differentiable foreach fused weight_decay'.split()
 
 
@@ -40,11 +40,11 @@ class NormAdam(Optimizer):
             would before it, without writing them. 0.0 only measures it; None does not.
         impl: 'triton' (GPU; on a CPU only with TRITON_INTERPRET=1), 'numba' (float32 on a CPU),
             'torch', or 'auto': the first of them that fits and is installed.
-        amsgrad, foreach, weight_decay and the like: accepted if false or 0.
+        amsgrad, foreach, weight_decay and the like: accepted if False, 0 or None.
     `grad_norm` (0-d float32) is the total norm before clipping. If it is not finite, the step
     changes no weight, moment or decision, and counts in `skipped_steps` (0-d int64). DTensors are
     updated shard by shard. Write weights under torch.no_grad(): the next decision misses a write
-    through p.data, and in a replayed CUDA graph any write. Replace entries of `state` by
+    through p.data. A replayed CUDA graph misses every write. Replace entries of `state` by
     load_state_dict.
     """
 
@@ -149,10 +149,10 @@ class NormAdam(Optimizer):
     def decide(self, b):
         """Return d_j and shift_j (None: 0) of a bucket's tensors, (n,) or 0-d.
 
-        From b.R, (n,): sum(theta^2), if the group has no reg_function, and from b.state. Write
-        b.state[name] in place, since optimizer.state shows views of it, and only where b.active;
-        elsewhere what is returned is not used. Read no value on the host. A rule with order
-        'between' also has b.theta_u and b.u_squares, and sets b.step_size (s_j).
+        Compute them from b.state and b.R, (n,), which is sum(theta^2) unless the group has another
+        reg_function. Write b.state[name] in place, since optimizer.state shows views of it, and
+        only where b.active; values returned elsewhere are ignored. Read no value on the host. A
+        rule with order 'between' also has b.theta_u and b.u_squares, and sets b.step_size (s_j).
         """
         raise NotImplementedError
 
@@ -393,7 +393,7 @@ class AdamWN(NormAdam):
         scope: 'tensor' steers every tensor by its own norm, 'global' all by their joint norm.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
     A schedule sets group['ramp'] as it sets group['lr']: 0 steers to the norm at the start, 1 to
-    the target, a number between them to a norm between those.
+    the target, and numbers between them interpolate.
     State of a controlled tensor besides Adam's, 0-d each: init_norm, and ratio (nan: the group's).
     """
 

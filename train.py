@@ -146,9 +146,9 @@ block_size = settings['block_size']
 
 data = TokenData(os.path.join('data', dataset), block_size, model and model.config.vocab_size)
 if init_from == 'scratch':
-    vocab_size = data.vocab_size_of_new_model()
     sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, bias=bias, **sizes), init_std)
+    sizes.update(vocab_size=data.vocab_size, bias=bias)
+    model = GPT(GPTConfig(dropout=dropout, **sizes), init_std)
 
 compiled = ranks.wrap(model, rt, compile, fsdp_shard_size)  # the gradients stay with `model`
 weights = model.weights(wn_vectors)  # whose norms are logged
@@ -225,10 +225,11 @@ def micro_batch(i):
 
 
 # ---- nothing to train
+nothing_left = iter_num >= max_iters > 0
 if eval_only:
     train_loss, val_loss = estimate_loss()
     print(f'iteration {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
-elif nothing_left := iter_num >= max_iters > 0:
+elif nothing_left:
     print(f'{init_from}: already at iteration {iter_num} of {max_iters=}, nothing is left to train')
 if eval_only or nothing_left:
     ranks.close()
@@ -271,8 +272,8 @@ while True:
         log.write('eval', iter=iter_num, train_loss=train_loss, val_loss=val_loss)
         save_now = save_now or val_loss < best_val_loss or always_save_checkpoint
         best_val_loss = min(best_val_loss, val_loss)
-    # while steps are skipped the weights may be nan: the checkpoints from before must stay
-    if save_now and iter_num > first_iter and (finished or not watch.in_a_row):
+    # checkpoints from before the weights became nan must stay
+    if save_now and iter_num > first_iter and (finished or ranks.all_finite(model)):
         save()
     if finished:
         log.write('norms', iter=iter_num, **norm_entry(opt, weights, init_norms))
@@ -323,7 +324,7 @@ while True:
             line += ', SPIKE'
         log.write('train', iter=iter_num, **entry)
         ranks.say(f'{line}, {clock.left()}')
-        if watch.skipped_in_a_row(iter_num, skipped) >= (max_skipped_steps or math.inf):
+        if 0 < max_skipped_steps <= watch.skipped_in_a_row(iter_num, skipped):
             problem = f'no finite gradient in {max_skipped_steps} steps up to iteration {iter_num}'
             remedy = 'resume with a lower learning_rate'
             fail(f'{problem}; the largest: {largest_gradients(model)}; {remedy}')
@@ -333,12 +334,8 @@ while True:
     # stop on a signal; after the last iteration only an evaluation is left
     stop_signal = ranks.stop_signal()
     if stop_signal and iter_num < max_iters:
-        stopped = f'stopped by {signal.Signals(stop_signal).name} after iteration {iter_num - 1}'
-        if not watch.in_a_row:
+        if sound := ranks.all_finite(model):
             save()
-        writer.wait()
-        written = 'no checkpoint, since steps are skipped' if watch.in_a_row else writer.path
-        ranks.say(f'{stopped}: wrote {written}; resume with --init_from=auto')
         break
 
 # ---- the end
@@ -347,4 +344,7 @@ writer.wait()
 log.close()
 ranks.close()
 if not finished:
+    stopped = f'stopped by {signal.Signals(stop_signal).name} after iteration {iter_num - 1}'
+    written = writer.path if sound else 'no checkpoint, since weights are not finite'
+    ranks.say(f'{stopped}: wrote {written}; resume with --init_from=auto')
     sys.exit(128 + stop_signal)

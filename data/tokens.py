@@ -14,7 +14,7 @@ import torch
 from runtime.errors import fail
 
 SPLITS = ('train', 'val')
-EVALUATION_SEED = 1 << 40  # of all runs, which are evaluated on the same batches
+EVALUATION_SEED = 1 << 40  # above what people choose: every run is evaluated on the same batches
 CHECKED_AT_OPEN = 1 << 26  # tokens of each split: 128 MB
 
 
@@ -22,7 +22,8 @@ class TokenData:
     """Map the two splits of the data set in `folder` into memory.
 
     block_size: tokens in a sequence; batch() and sequential() need it.
-    vocab_size: how many ids the model has; by default as many as the data set.
+    vocab_size: how many ids the model has. By default that of a new model: the data set's, but
+        50,304 for GPT-2's 50,257.
     The attribute meta is the content of meta.json or of nanoGPT's meta.pkl. It is None if there is
     neither: the tokens are then GPT-2's, as in nanoGPT's OpenWebText.
     Fails if the data set is not prepared, is damaged, has a split of fewer than block_size + 1
@@ -39,13 +40,9 @@ class TokenData:
             _fail_unprepared(self.folder)
         self.meta = read_meta(self.folder)
         self.dtype = np.dtype((self.meta or {}).get('dtype', 'uint16')).newbyteorder('<')
-        self.vocab_size = vocab_size or (self.meta or {}).get('vocab_size', 1 << 16)
-        self.splits = {split: self._open(split) for split in SPLITS}
-
-    def vocab_size_of_new_model(self):
-        """Return the number of ids, GPT-2's 50,257 rounded up to 50,304: products are faster."""
         size = (self.meta or {}).get('vocab_size', 50257)
-        return 50304 if size == 50257 else size
+        self.vocab_size = vocab_size or (50304 if size == 50257 else size)  # 64 * 786
+        self.splits = {split: self._open(split) for split in SPLITS}
 
     def _open(self, split):
         path = self.folder / f'{split}.bin'

@@ -54,7 +54,7 @@ class Table(Tensors):
         sums = torch.zeros(3, len(chunks), 3, dtype=torch.float32, device=self.device)
         self.sums, self.grad_sums, self.moment_sums = sums.unbind()
         self._rows = [[address, 0, 0, 0] for address, _ in self._places]
-        self._uploaded, self._spare = False, None
+        self._uploaded, self._spare, self._recorded = False, None, False
         self._versions = [None] * len(params)
 
     def set_moments(self, j, exp_avg, exp_avg_sq):
@@ -71,7 +71,10 @@ class Table(Tensors):
         if not self._uploaded:
             self._upload(is_capturing(self.device))
         if is_capturing(self.device):
+            self._recorded = True
             self.captured.append(self.addresses)
+        elif self._recorded:  # no pass that a graph records has been done yet: `sums` may be old
+            self._recorded, self._versions = False, [None] * len(self.params)
 
     def _upload(self, capturing):
         """Copy the table to the device. A capture cannot allocate host memory: it takes a spare."""
@@ -93,14 +96,13 @@ class Table(Tensors):
         return self._versions == [p._version for p in self.params]
 
     def mark_sums_current(self):
-        if not is_capturing(self.device):  # nothing that a graph records has been done
-            self._versions = [p._version for p in self.params]
+        self._versions = [p._version for p in self.params]
 
     def mark_written(self, summed=False):
         """Count a kernel's write of the tensors that have a gradient, summed by it or not."""
         written = [j for j, g in enumerate(self.grads) if g is not None]
         torch.autograd.graph.increment_version([self.params[j] for j in written])
-        for j in written if summed and not is_capturing(self.device) else ():
+        for j in written if summed else ():
             self._versions[j] = self.params[j]._version
 
 

@@ -16,6 +16,7 @@ from textwrap import shorten
 import torch
 
 from model import GPT, GPTConfig
+from runtime import log as runlog
 from runtime import sharded_checkpoint
 from runtime.errors import fail
 from runtime.files import flush, remove, replacing
@@ -72,10 +73,11 @@ def _move_on(path, keep):
             os.replace(old, _older(path, i + 1))
     if keep > 1 and os.path.exists(path):
         link = f'{path}.link'
-        remove(link)  # a kill leaves it, and os.replace, if ckpt.1.pt is a link to ckpt.pt already
+        remove(link)  # a kill leaves it; os.replace does, if ckpt.1.pt is a link to ckpt.pt already
         try:
             os.link(path, link)
             os.replace(link, _older(path, 1))
+            remove(link)
         except OSError:  # a file system without links
             with replacing(_older(path, 1)) as temporary:
                 shutil.copyfile(path, temporary)
@@ -170,7 +172,7 @@ def find(init_from, out_dir, ranks):
 
     init_from: the setting. 'auto' becomes 'resume' or 'scratch', out_dir's own ckpt.pt 'resume'.
     path: the checkpoint to read, None if the run does not start from one.
-    damaged: {newer checkpoint of the run: why it cannot be used}, which are printed.
+    damaged: {newer checkpoint of the run: why it cannot be used}. Prints each.
     Fails if there is nothing to start from.
     """
     own, given = os.path.join(out_dir, 'ckpt.pt'), is_at(init_from)
@@ -240,13 +242,18 @@ def damage(path):
 
 
 def put_aside(path):
-    """Make room for another run: rename the newest checkpoint to NAME.old, delete the others."""
-    for i, old in enumerate(all_of(path)):
-        if i == 0:
-            remove(f'{old}.old')
-            os.replace(old, f'{old}.old')
-        else:
-            remove(old)
+    """Make room for another run in a folder with checkpoints.
+
+    The newest and the log become NAME.old, the other checkpoints are deleted.
+    """
+    newest, *others = all_of(path) or [None]
+    if newest:
+        log = os.path.join(os.path.dirname(path), runlog.NAME)
+        for name in filter(os.path.exists, (log, newest)):
+            remove(f'{name}.old')
+            os.replace(name, f'{name}.old')
+    for old in others:
+        remove(old)
 
 
 def put_in_place(path, used, damaged):

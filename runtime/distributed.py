@@ -149,6 +149,11 @@ class Ranks:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x.item()
 
+    def all_finite(self, model):
+        """Return whether all weights are finite numbers. Every rank must call it."""
+        shards = (p.to_local() if hasattr(p, 'device_mesh') else p for p in model.parameters())
+        return not self.max(int(not all(x.isfinite().all() for x in shards)))
+
     def from_rank0(self, question):
         """Return on every rank what question() returns on rank 0, such as which files exist."""
         answer = [question() if self.rank == 0 else None]
@@ -172,11 +177,13 @@ class Ranks:
         nats = self.sum(torch.tensor(nats, dtype=torch.float64))
         return nats.sum().item() / sum(tokens)
 
+    _signal = 0  # the number of the first that this process has received
+
     def catch_signals(self):
         """Note SIGINT, SIGTERM and SIGUSR1 (SLURM's --signal=USR1@180) from now on.
 
-        They no longer end the process: ask stop_signal(). Of one process, not torchrun's, the same
-        signal again is the end at once.
+        They no longer end the process: ask stop_signal(). Without torchrun, a second signal of the
+        same kind does.
         """
 
         def note(number, _):
@@ -184,7 +191,6 @@ class Ranks:
             if self.world_size == 1:  # torchrun repeats what a terminal or a cluster sends
                 signal.signal(number, signal.SIG_DFL)
 
-        self._signal = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, note)
 
@@ -224,7 +230,6 @@ def device_of_rank(device):
                 f'this machine has {gpus} GPUs for more processes than that; start torchrun with '
                 f'--nproc_per_node={gpus}, or train with --device=cpu'
             )
-        torch.cuda.set_device(local_rank)
         return f'cuda:{local_rank}'
     if device not in ('cuda', 'cpu'):
         fail(f"device='{device}' is for one process; take 'cuda', one GPU a process, or 'cpu'")

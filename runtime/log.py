@@ -179,20 +179,20 @@ def _writing_to(out_dir):
 class RunLog:
     """Append to out_dir/log.jsonl, and draw the entries on the charts that the settings ask for.
 
-    A run that continues at `iter_num` first drops the entries that it will write again. A new run
-    renames an earlier run's log to log.jsonl.old.
+    A run that continues at `iter_num` first drops the entries that it will write again. Until the
+    first entry, the log of an earlier run is left as it is.
     writes: False for all ranks but one: they write and draw nothing.
     Fails if another run has the folder, or it cannot be written.
     """
 
     def __init__(self, settings, iter_num=0, writes=True):
-        self.charts, self.file = [], None
+        self.charts, self.file, self.writes = [], None, writes
         if not writes:
             return
         out_dir = settings['out_dir']
         if settings['tensorboard_log']:
             self.charts.append(TensorBoard(out_dir, iter_num))
-        self.path = os.path.join(out_dir, NAME)
+        self.path, self.mode = os.path.join(out_dir, NAME), 'ab' if iter_num > 0 else 'wb'
         with _writing_to(out_dir):
             os.makedirs(out_dir, exist_ok=True)
             # the system releases the lock when this process ends, even if it is killed
@@ -201,29 +201,28 @@ class RunLog:
         if settings['wandb_log']:
             names = settings['wandb_project'], settings['wandb_run_name']
             self.charts.append(WandB(*names, settings))
-        with _writing_to(out_dir):
-            if os.path.exists(self.path):
-                if iter_num > 0:
-                    self._drop_entries_from(iter_num, settings)
-                else:
-                    os.replace(self.path, f'{self.path}.old')
-            self.file = open(self.path, 'ab', buffering=0)  # a kill loses nothing that was written
+        if iter_num > 0 and os.path.exists(self.path):
+            with _writing_to(out_dir):
+                self._drop_entries_from(iter_num, settings)
 
     def _drop_entries_from(self, iter_num, settings):
         kept = []
         for entry in read(settings['out_dir']):
-            interval = INTERVALS.get(entry.get('kind'))
-            # what a run writes at its end, one that goes on from there need not write again
-            last = entry.get('iter') == iter_num and interval and iter_num % settings[interval] > 0
-            if last or not (type(entry.get('iter')) is int and entry['iter'] >= iter_num):
+            interval = settings.get(INTERVALS.get(str(entry.get('kind'))))
+            # the last entries of a run that ended here and is made longer are not written again
+            ended = entry.get('iter') == iter_num < settings['max_iters']
+            again = type(entry.get('iter')) is int and entry['iter'] >= iter_num
+            if not again or ended and interval and iter_num % interval > 0:
                 kept.append(entry)
         with replacing(self.path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
             f.writelines(map(line, kept))
 
     def write(self, kind, **entry):
-        if self.file is None:
+        if not self.writes:
             return
         try:
+            if self.file is None:  # unbuffered: a kill loses nothing that was written
+                self.file = open(self.path, self.mode, buffering=0)
             written = line({'kind': kind, **entry}).encode()
             if self.file.write(written) < len(written):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

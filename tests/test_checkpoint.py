@@ -118,9 +118,8 @@ def test_a_kill_between_link_and_rename_leaves_nothing_behind(tmp_path):
     checkpoint.save(path, {'save': 2}, keep=2)
     older.unlink()
     older.hardlink_to(path)  # killed before ckpt.pt was replaced
-    for save in 3, 4:
-        checkpoint.save(path, {'save': save}, keep=2)
-    assert (torch.load(path), torch.load(older)) == ({'save': 4}, {'save': 3})
+    checkpoint.save(path, {'save': 3}, keep=2)
+    assert (torch.load(path), torch.load(older)) == ({'save': 3}, {'save': 2})
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.1.pt', 'ckpt.pt']
 
 

@@ -537,8 +537,8 @@ def test_no_more_jobs_are_made_ready_than_there_are_runs(kept, monkeypatch):
         (['--out=x', ADAMW + " --out_dir='x"], 'in one pair of quotes'),
         (['--out=x', '--seeds=1', ' --weight_decay=1'], 'names no config file'),
         (['--out=x', ADAMW, '--seed=7'], '--seed=7'),
-        ([ADAMW, '--out=x', WN], 'put all CONFIGs first'),
-        ([ADAMW, '--out=x', '--weight_decay', '1'], 'no --key=value'),
+        ([ADAMW, '--out=x', WN], 'CONFIGs go before'),
+        ([ADAMW, '--out=x', '--weight_decay', '1'], '--weight_decay is not'),
         (['--out=x', ADAMW + ' --eval_iters=2'], '--eval_iters=2'),
     ],
 )

@@ -791,7 +791,7 @@ def test_shakespeare_encodes_the_download_with_gpt2(checkout, run_script, monkey
     decode = tokenizer(data.meta, data.folder).decode
     train, val = decode(data.splits['train']), decode(data.splits['val'])
     assert train + val == TO_BE and data.meta['vocab_size'] == 50257
-    assert data.vocab_size_of_new_model() == 50304
+    assert data.vocab_size == 50304
 
 
 @pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
