@@ -13,6 +13,7 @@ import filecmp
 import gc
 import itertools
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -29,6 +30,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+try:
+    import pytorch_cpr
+except ImportError:
+    pytorch_cpr = None
 
 import model
 from configurator import check, configure
@@ -53,7 +59,7 @@ bpe_file = ''  # prepare: GPT-2's vocabulary, in place of tiktoken's own
 limits = {
     'one of optimizer host train throughput prepare': 'what',
     '>= 1': 'repeats block_size',
-    '>= 0': 'grad_clip grad_norm',
+    '> 0': 'grad_clip grad_norm',
     'one of auto triton numba torch': 'impl',
 }
 with border():
@@ -122,10 +128,7 @@ def contenders(params, impl):
             optimizer = cls(groups(regularize=False), order=order, **options, **ours)
             found[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
     found['AdamH'] = AdamH(groups(regularize=False), **ours), 44, True
-    try:
-        import pytorch_cpr
-    except ImportError:
-        print('pytorch_cpr is not installed (requirements-dev.txt): left out')
+    if pytorch_cpr is None:
         return found
     theirs = [{'params': matrices, 'regularize': True}, {'params': vectors, 'regularize': False}]
     found[THEIRS] = pytorch_cpr.AdamCPR(theirs, **common, **bound), None, False
@@ -485,7 +488,8 @@ def print_peak_memory(out_dir):
     between = (
         'import os, sys; pid = os.posix_spawn(sys.executable, sys.argv[1:], os.environ); '
         '_, status, usage = os.wait4(pid, 0); '
-        'print("the whole script: peak memory", usage.ru_maxrss >> 10, "MB"); sys.exit(status)'
+        'print("the whole script: peak memory", usage.ru_maxrss >> 10, "MB"); '
+        'sys.exit(os.waitstatus_to_exitcode(status))'
     )
     script = ['data/openwebtext/prepare.py', f'--data_files={data_files}', f'--out_dir={out_dir}']
     script += [f'--bpe_file={bpe_file}'] if bpe_file else []
@@ -503,4 +507,6 @@ with border():
     for size in sizes.split(','):
         if size not in SIZES:
             fail(f"sizes='{sizes}' names {size}; there are {', '.join(SIZES)}")
+    if not re.fullmatch('[1-9][0-9]*(,[1-9][0-9]*)*', batches):
+        fail(f"batches='{batches}' must be whole numbers, at least 1, as in 12,24")
     benchmarks[what]()

@@ -129,7 +129,7 @@ def main():
         else:
             checkpoint.save_folder(target, saved, model)
     except ImportError as e:
-        fail(f'{e.name} is not installed; run: pip install transformers')
+        fail(f'{e}; run: pip install transformers tiktoken')
     except Exception as e:  # safetensors and distributed.checkpoint raise types of their own
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         fail(

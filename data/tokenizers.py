@@ -70,7 +70,9 @@ class GPT2Tokenizer:
             try:
                 self.vocabulary = Path(bpe_file).read_bytes()  # tiktoken would cache it by its path
                 ranks = self._ranks(self.vocabulary)
-            except (OSError, ValueError) as e:
+            except OSError as e:
+                fail(f'{bpe_file} cannot be read ({e.strerror}); is it the path of a copy?')
+            except ValueError as e:
                 fail(f"{bpe_file} is not GPT-2's vocabulary of 50,256 lines 'base64 rank' ({e})")
         else:
             try:
@@ -94,7 +96,7 @@ class GPT2Tokenizer:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError as e:
-                raise ValueError(f'line {number} is something else') from e
+                raise ValueError(f"line {number} is not 'base64 rank'") from e
         if sorted(ranks.values()) != list(range(self.end)):
             raise ValueError(f'{len(ranks):,} tokens')
         if not all(bytes([byte]) in ranks for byte in range(256)):

@@ -35,8 +35,8 @@ def all_reduce_(tensors, groups):
 
 def square_sums(tensors):
     """sum(x ** 2) of each whole tensor, (len(tensors),). Every process must call it."""
-    squares = [local(x.detach()).float().square() for x in tensors]
-    sums = torch.stack([x.sum(dtype=sum_dtype(x.device)) for x in squares])
+    shards = (local(x.detach()) for x in tensors)  # one by one: their squares take memory
+    sums = torch.stack([x.float().square().sum(dtype=sum_dtype(x.device)) for x in shards])
     kinds = [shard_groups(x) for x in tensors]
     for groups in dict.fromkeys(kinds):
         members = [j for j, kind in enumerate(kinds) if kind == groups]

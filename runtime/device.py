@@ -1,5 +1,6 @@
 """Set up the device, its number format and the seed."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -8,11 +9,11 @@ import torch
 from runtime.errors import fail
 
 # Dense bfloat16 / float16 tensor-core peaks in TFLOP/s, from the vendors' data sheets.
-# The first name that occurs in the device's name counts, so longer names stand first.
+# The first that occurs in the device's name, as whole words, counts.
 PEAKS = """
-    GB200 2500, B200 2250, H200 989, H100 PCIe 756, H100 NVL 835, H100 989, H800 989, A100 312,
-    A800 312, A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125, T4 65,
-    RTX 5090 209.5, RTX 4090 165.2, RTX 4080 97.5, RTX 3090 71, MI300X 1307, MI250X 383
+    GB200 2500, B200 2250, GH200 989, H200 989, H100 PCIe 756, H100 NVL 835, H100 989, H800 989,
+    A100 312, A800 312, A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125,
+    T4 65, RTX 5090 209.5, RTX 4090 165.2, RTX 4080 97.5, RTX 3090 71, MI300X 1307, MI250X 383
 """
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -79,5 +80,8 @@ def setup(device='auto', dtype='auto', seed=1337):
 
 def peak_flops(name):
     """Return the FLOP/s of the device called `name`, None if it is not in PEAKS."""
-    peaks = (peak.strip().rsplit(' ', 1) for peak in PEAKS.split(','))
-    return next((float(tera) * 1e12 for key, tera in peaks if key in name), None)
+    for peak in PEAKS.split(','):
+        known, tera = peak.strip().rsplit(' ', 1)
+        if re.search(rf'\b{known}\b', name):
+            return float(tera) * 1e12
+    return None

@@ -18,12 +18,13 @@ def norm_entry(opt, params, init_norms, before=None):
     """Return the fields of a 'norms' entry of the log.
 
     params: {name: parameter}. before: {name: tensor} before the optimizer's last step, whose norms
-    and step are then returned; else the norms of `params`. init_norms: {name: norm} at the start.
+    and step are then returned, and which is overwritten; else the norms of `params` are.
+    init_norms: {name: norm} at the start.
     """
     init_norms = {name: init_norms[name] for name in params}
     after = norms_of(params)
     norms = norms_of(before) if before else after
-    steps = norms_of({name: params[name] - x for name, x in before.items()}) if before else {}
+    steps = norms_of({name: x.sub_(params[name]) for name, x in before.items()}) if before else {}
     tensors = {}
     for name, norm in norms.items():
         ratio = norm / init_norms[name] if init_norms[name] else math.nan
@@ -40,7 +41,7 @@ def norm_entry(opt, params, init_norms, before=None):
 def step_fields(before, after, step):
     """Return a step's length over the norm, and the angle in degrees by which it turns the weights.
 
-    The three norms are the sides of a triangle, whose angle opposite `step` is sought.
+    The three norms are the sides of a triangle. The angle is the one opposite `step`.
     """
     across, along = step**2 - (before - after) ** 2, (before + after) ** 2 - step**2
     turned = 2 * math.atan2(math.sqrt(max(across, 0.0)), math.sqrt(max(along, 0.0)))

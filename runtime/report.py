@@ -1,4 +1,4 @@
-"""Say what the runs of compare.py came to: results.jsonl, the tables of report.md, the pictures."""
+"""Summarize the runs of compare.py: results.jsonl, the tables of report.md, the pictures."""
 
 import itertools
 import math
@@ -15,8 +15,10 @@ from matplotlib.lines import Line2D
 from runtime import figures
 
 HALVES = ('val_loss_choose', 'val_loss_report')  # the first half of val.bin, and the second
-# Student's t at p = 5 %, two-sided, for 2 to 10 pairs. For more pairs the last is a little strict.
-T_5_PERCENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Student's t at p = 5 %, two-sided, for 2 to 30 pairs. For more pairs the last is a little strict.
+T_5_PERCENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T_5_PERCENT += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+T_5_PERCENT += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
 
 
 @dataclass(eq=False)  # configs compare by identity
@@ -111,7 +113,7 @@ def difference(config, other, key='final_val_loss'):
     n = len(differences)
     mean = sum(differences) / n  # nan if both runs of a pair blew up
     error = deviation(differences) / math.sqrt(n)
-    return mean, error, error * T_5_PERCENT[min(n, 10) - 2]
+    return mean, error, error * T_5_PERCENT[min(n, 30) - 2]
 
 
 def plus_minus(mean, spread, sign=''):
@@ -127,6 +129,8 @@ def interval(config, other):
 
 def steps_to(run, loss):
     """Return the iteration of the first evaluation with at most `loss`, or None."""
+    if not math.isfinite(loss):  # of a run that blew up
+        return None
     return next((i for i, val_loss in run.result['val_losses'].items() if val_loss <= loss), None)
 
 
@@ -198,7 +202,8 @@ def halves_section(configs):
         '## Chosen on one half, reported on the other',
         '',
         'The final checkpoint of each run over the first half of val.bin, which ranks the configs, '
-        'and over the second, which nothing was chosen by. Mean ± standard deviation. Differences '
+        'and over the second. Only luck with the text is excluded so, not luck with the seeds: '
+        'confirm a choice with new ones. Mean ± standard deviation. Differences '
         "on the second half are paired by seed: mean [95 % confidence interval by Student's t], "
         f'each by itself, over {len(first.runs)} seeds.',
         '',
@@ -240,7 +245,7 @@ def text(configs, out, arguments, pictures, made, halves=False):
         explanation(len(configs[0].runs), len(configs)),
         '',
         f'Configurations tried: {", ".join(counts)}. Lowest final loss of each: '
-        f'{"; ".join(lowest)}. The lowest of many is lower by luck than a single one is.',
+        f'{"; ".join(lowest)}. The lowest of many is partly luck.',
         '',
         *(halves_section(configs) if halves else []),
         *(f'![{caption}]({name})\n' for name, caption in pictures.items()),
@@ -265,12 +270,12 @@ def explanation(seeds, rows):
         f'Losses in nats a token over the whole of val.bin, mean ± standard deviation over {seeds} '
         'seeds; the best is the lowest of the evaluations along the run. The difference to the '
         f'first config is paired by seed: mean ± standard error of {seeds} differences. * marks '
-        f'p < 5 % in a two-sided paired t test, each row taken by itself: of {rows - 1} rows that '
-        f'differ in nothing, {0.05 * (rows - 1):.2f} are expected to have one. Steps: the first '
-        'evaluation that is at or below what the first config ended with at that seed. Norm ratio: '
-        'all weight tensors together, end over start. ms a step, tokens/s: median over the run, '
-        'mean over seeds; whatever else ran on the machine is in it. {N} in a name is the out_dir '
-        'of row N.'
+        'p < 5 % in a two-sided paired t test, each row taken by itself: if none of the '
+        f'{rows - 1} rows truly differed, {0.05 * (rows - 1):.2f} would be expected to have one. '
+        'Steps: the first evaluation that is at or below what the first config ended with at that '
+        'seed. Norm ratio: all weight tensors together, end over start. ms a step, tokens/s: '
+        'median over the run, mean over seeds; whatever else ran on the machine is in it. {N} in a '
+        'name is the out_dir of row N.'
     )
 
 
@@ -346,8 +351,10 @@ def tuned_value(settings):
     """Return the value of the setting in TUNED, or the name of a variant that has no use for it."""
     if settings['optimizer'] == 'adamwn' and settings['wn_from']:
         return 'norms of another run'
-    if settings['optimizer'] == 'adamcpr' and settings['kappa_init_method'] != 'warm_start':
-        name = settings['kappa_init_method'].replace('inflection_point', 'Kappa-IP')
+    method = settings['kappa_init_method']
+    if settings['optimizer'] == 'adamcpr' and method != 'warm_start':
+        bounds = f'{method} {settings["kappa_init_param"]:g}'
+        name = 'Kappa-IP' if method == 'inflection_point' else bounds
         return f'{name} with embeddings' if settings['reg_embedding'] else name
     return settings[TUNED[settings['optimizer']]]
 
@@ -423,7 +430,10 @@ def draw(configs, out):
     tuning = tuning_figure(configs)
     if tuning:
         drawn['tuning.png'] = tuning
-        captions['tuning.png'] = "final validation loss over each rule's own setting"
+        captions['tuning.png'] = (
+            "final validation loss over each rule's own setting: the lowest of the configs that "
+            'agree in it and in the learning rate'
+        )
     for name, figure in drawn.items():
         figures.save(figure, os.path.join(out, name))
     return captions

@@ -45,15 +45,19 @@ def damage(folder):
 
 
 def save(folder, model, states, group=None):
-    """Copy this rank's tensors to host memory, and return what writes them: finish() waits for it.
+    """Start to write this rank's tensors, from a copy in host memory. Pass the result to finish().
 
-    states: {i: {state: tensor}} as optimizer.state_dict() has it. group: of all ranks, one that
-    training does not use. None writes in this process alone, before it returns.
+    states: {i: {state: tensor}} as optimizer.state_dict() has it. group: a process group of all
+    ranks that training does not use. None writes in this process alone, before it returns, and
+    raises OSError if the disk refuses.
     """
     params, names = dict(model.named_parameters()), optimizer_names(model)
     tensors = _named(params, {names[i]: state for i, state in states.items()})
     if group is None:
-        return dcp().save(tensors, checkpoint_id=folder, no_dist=True)
+        try:
+            return dcp().save(tensors, checkpoint_id=folder, no_dist=True)
+        except dcp().CheckpointException as e:  # it is no Exception
+            raise OSError(str(_first_failure(e))) from e
     return dcp().async_save(tensors, checkpoint_id=folder, process_group=group)
 
 
@@ -62,7 +66,11 @@ def finish(pending):
     try:
         pending.result()
     except dcp().CheckpointException as e:
-        raise OSError(str(next(iter(e.failures.values()))[0])) from e
+        raise OSError(str(_first_failure(e))) from e
+
+
+def _first_failure(error):
+    return next(iter(error.failures.values()))[0]
 
 
 def read(folder, model, no_dist=False):
@@ -71,6 +79,7 @@ def read(folder, model, no_dist=False):
     Of a DTensor, each rank reads its shard.
     no_dist: read in this process alone. Otherwise every rank must call it.
     Returns {i: {state: tensor}}, where i numbers the parameters as optimizer.state_dict() does.
+    Raises OSError if the tensors cannot be read.
     """
     params, states = dict(model.named_parameters()), {}
     metadata = dcp().FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -84,7 +93,12 @@ def read(folder, model, no_dist=False):
             else:
                 values = torch.empty(info.size, dtype=dtype, device=like.device)
             states.setdefault(name, {})[state] = values
-    dcp().load(_named(params, states), checkpoint_id=folder, no_dist=no_dist)
+    try:
+        dcp().load(_named(params, states), checkpoint_id=folder, no_dist=no_dist)
+    except dcp().CheckpointException as e:
+        reason = type(_first_failure(e)).__name__
+        problem = f'the tensors in {folder} cannot be read ({reason})'
+        raise OSError(f'{problem}; restore it or start anew') from e
     return {i: states[name] for i, name in enumerate(optimizer_names(model)) if name in states}
 
 

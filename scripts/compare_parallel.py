@@ -8,8 +8,10 @@ training loss from the run in one process. The second has the same measure of ru
 one engine what another has saved. The exit status is 1 if a difference is more than 1e-5.
 """
 
+import argparse
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from data.tokenizers import CharTokenizer  # noqa: E402
 from data.writer import write_dataset  # noqa: E402
 from runtime import log as runlog  # noqa: E402
+from runtime.errors import Arguments, fail  # noqa: E402
 
 ITERATIONS = 50
 SAVED_AT = 25
@@ -174,8 +177,14 @@ def table(header, rows):
 
 
 if __name__ == '__main__':
-    option, _, value = (sys.argv[1:] or ['--worlds=1,2,4'])[0].partition('=')
-    if option == '--work':
-        work(value)
+    arguments = Arguments(__doc__)
+    text = 'numbers of processes, 1 first; default: %(default)s'
+    arguments.add_argument('--worlds', default='1,2,4', metavar='1,N,...', help=text)
+    arguments.add_argument('--work', help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if args.work:
+        work(args.work)
+    elif re.fullmatch('1(,[1-9][0-9]*)*', args.worlds):
+        sys.exit(main([int(world) for world in args.worlds.split(',')]))
     else:
-        sys.exit(main([int(world) for world in value.split(',')]))
+        fail(f'--worlds={args.worlds} must be numbers of processes, 1 first, as in 1,2,4')

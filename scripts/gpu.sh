@@ -13,9 +13,11 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-out-gpu}
 mkdir -p "$OUT"
 names=" $* "
+known=""
 failed=0
 
 step() { # step NAME COMMAND...: write the output to $OUT/NAME.txt and to the terminal
+    known="$known $1 "
     [[ $names == "  " || $names == *" $1 "* ]] || return
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$OUT/$1.txt"
@@ -30,7 +32,7 @@ step versions "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.
 step tests "$PYTHON" -m pytest -q -s tests/test_kernels_gpu.py
 # torch's caching allocator leaves no gaps, which would hide an access beyond a tensor
 step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
-    "$PYTHON" -m pytest -q tests/test_kernels_gpu.py -k 'takes_the_steps or any_number or aligned'
+    "$PYTHON" -m pytest -q tests/test_kernels_gpu.py -k 'updates_and_sums or beside_a_tensor or beyond_2_to or sums_kept'
 step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
 step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
 step train "$PYTHON" bench.py --what=train
@@ -40,4 +42,10 @@ step study "$PYTHON" compare.py config/train_gpt2_adamw.py 'config/train_gpt2_cp
     config/train_gpt2_h.py --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \
     --warmup_iters=45 --eval_interval=150 --norm_log_interval=15 --out=results/linux_124M
 step study-logs tar -czf "$OUT/linux_124M.tar.gz" --exclude='*.pt*' results/linux_124M
+for name in "$@"; do
+    if [[ $known != *" $name "* ]]; then
+        echo "error: there is no step $name; there are:$known" >&2
+        failed=$((failed + 1))
+    fi
+done
 exit "$failed"

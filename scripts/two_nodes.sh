@@ -3,8 +3,8 @@
 #     sbatch scripts/two_nodes.sh config/train_gpt2_cpr.py --out_dir=/shared/out \
 #         --batch_size=10 --gradient_accumulation_steps=48
 # These are as many tokens an iteration as the config's; 16, the number of processes, divides 48.
-# Without SLURM run the last command on each node, with the first node's name for HEAD. out_dir and data/ must be on a
-# file system that both nodes see.
+# Without SLURM run the last command on each node without srun, after the lines with `export`, with the
+# first node's name for HEAD and any number for SLURM_JOB_ID. Both nodes must see out_dir and data/.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -21,6 +21,6 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 export OMP_NUM_THREADS=8
 
-srun torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=10 \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes=2 --nproc_per_node=8 --max-restarts=10 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$HEAD:29500" \
     train.py "$@" --init_from=auto

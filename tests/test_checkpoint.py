@@ -123,6 +123,15 @@ def test_a_kill_between_link_and_rename_leaves_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.1.pt', 'ckpt.pt']
 
 
+def test_a_folder_whose_tensors_are_damaged_says_so(saved, tmp_path):
+    run = {key: x for key, x in saved.items() if key != 'model'}
+    checkpoint.save_folder(tmp_path / 'folder', run, checkpoint.model_of(saved))
+    (tensors,) = (tmp_path / 'folder').glob('*.distcp')
+    tensors.write_bytes(b'x' * tensors.stat().st_size)
+    with pytest.raises(OSError, match='cannot be read .UnpicklingError.; restore it'):
+        checkpoint.load_model(tmp_path / 'folder')
+
+
 def test_a_model_that_does_not_fit_is_one_error_line(saved, capsys):
     for key, value in {'n_layer': 'two', 'n_embd': 8, 'vocab_size': -1, 'unknown': 1}.items():
         args = {**saved['model_args'], key: value}

@@ -143,6 +143,8 @@ def test_of_two_that_blew_up_none_is_lower(finished):
     first = finished('first', [4.0, None], [4.0, None], [4.0, 2.0])
     second = finished('second', [4.0, None], [4.0, 2.0], [4.0, None])
     assert report.table([first, second])[1][4] == '+nan'
+    # what ends at infinity is not reached: only the third seed of the first has a final loss
+    assert report.table([first, second])[1][5] == 'never'
 
 
 def test_the_report_counts_what_was_tried_for_each_optimizer(finished):
@@ -181,7 +183,7 @@ def test_two_evaluations_make_no_curve_of_losses(finished, tmp_path):
 def test_the_tuning_picture_has_a_line_a_learning_rate_over_the_setting_of_each_rule(finished):
     def config(optimizer, rate, **settings):
         name = f'{optimizer} {rate} {settings}'
-        loss = rate + sum(settings.values())
+        loss = rate + sum(x for x in settings.values() if isinstance(x, float))
         return finished(name, [4.0, loss], optimizer=optimizer, learning_rate=rate, **settings)
 
     grid = [config('adamw', rate, weight_decay=d) for rate in (0.1, 0.2) for d in (1.0, 0.5, 0.0)]
@@ -206,6 +208,11 @@ def test_the_tuning_picture_has_a_line_a_learning_rate_over_the_setting_of_each_
     drawn = [(line.get_linestyle(), line.get_ydata()[0]) for line in ax.lines]
     assert drawn[0] == ('-', 3.0) and drawn[-1] == ('--', 0.1)
     assert report.tuning_figure([inflection, single]) is None
+    uniform = [
+        config('adamcpr', 0.1, kappa_init_method='uniform', kappa_init_param=k) for k in (1.0, 10.0)
+    ]
+    (_, ax) = report.tuning_figure([*grid, *uniform]).axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ['uniform 1', 'uniform 10']
 
 
 def test_pictures_call_the_configs_by_what_tells_them_apart():

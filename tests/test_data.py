@@ -251,7 +251,9 @@ def test_a_vocabulary_that_is_not_gpt2s_is_named(bpe_file, tmp_path, fails):
     (tmp_path / 'prose').write_text('no vocabulary\n')
     lines[7] = base64.b64encode(b'abc') + b' 7\n'  # the byte 7 cannot be encoded
     (tmp_path / 'byteless').write_bytes(b''.join(lines))
-    for name in ('short', 'prose', 'byteless', 'missing', '.'):
+    for name in ('missing', '.'):
+        assert f'{tmp_path / name} cannot be read' in fails(GPT2Tokenizer, tmp_path / name)
+    for name in ('short', 'prose', 'byteless'):
         assert f"{tmp_path / name} is not GPT-2's vocabulary" in fails(
             GPT2Tokenizer, tmp_path / name
         )
@@ -398,9 +400,11 @@ def test_what_was_begun_with_other_documents_is_not_gone_on_with(tmp_path, monke
             return super().__getitem__(part)
 
     broken = {'train': Broken([[1]] * 100), 'val': [[1, 1]]}
+    (tmp_path / 'mine.tmp').write_text('of the user')
     with pytest.raises(ValueError, match='row 64 has no text'):
         write_dataset(tmp_path, broken, Ids(5), {}, fingerprint='a')
-    assert contents(tmp_path) == {}
+    assert contents(tmp_path) == {'mine.tmp': b'of the user'}
+    (tmp_path / 'mine.tmp').unlink()
     write_dataset(tmp_path, {'train': [[2]] * 100, 'val': [[2, 2]]}, Ids(5), {}, fingerprint='b')
     assert set(TokenData(tmp_path, None, 5).splits['train'].tolist()) == {2}
     assert sorted(contents(tmp_path)) == FILES

@@ -1,3 +1,5 @@
+"""model.py: GPT against nanoGPT and transformers; and the peaks that its MFU is relative to."""
+
 import copy
 import json
 import math
@@ -9,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
+from runtime.device import peak_flops
 
 TINY = dict(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8)
 
@@ -43,6 +46,23 @@ def nanogpt_shapes(c):
     layer('transformer.ln_f', C)
     shapes['lm_head.weight'] = (c.vocab_size, C)
     return shapes
+
+
+@pytest.mark.parametrize(
+    'name, tera',
+    [
+        ('NVIDIA A100-SXM4-80GB', 312),
+        ('NVIDIA H100 80GB HBM3', 989),
+        ('NVIDIA H100 PCIe', 756),
+        ('NVIDIA GH200 480GB', 989),
+        ('Tesla T4', 65),
+        ('NVIDIA GeForce RTX 4090', 165.2),
+        ('NVIDIA RTX A1000', None),  # not an A100
+        ('NVIDIA T400', None),
+    ],
+)
+def test_the_peak_is_that_of_the_device_with_the_name(name, tera):
+    assert peak_flops(name) == (tera and tera * 1e12)
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -170,8 +170,8 @@ NOT_THERE = "the column 'text' of {p}/a.parquet is not there; --text_column=NAME
 @pytest.mark.parametrize(
     'files, says',
     [
-        ({'a.parquet': OTHER_COLUMN}, NOT_THERE + ': body'),
-        ({'a.parquet': NUMBERS}, 'holds int64'),
+        ({'a.parquet': OTHER_COLUMN}, 'error: ' + NOT_THERE + ': body'),
+        ({'a.parquet': NUMBERS}, "error: the column 'text' of {p}/a.parquet holds int64"),
         ({'a.parquet': A_ROW_WITHOUT_TEXT}, 'rows without a text'),
         ({'a.parquet': NO_ROWS}, 'there are no rows'),
         ({'a.parquet': ONE_ROW}, 'two splits'),
@@ -197,6 +197,13 @@ def test_a_mistake_about_the_text_ends_in_one_line_and_leaves_nothing(
     assert status == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert says.format(p=corpus) in err
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_pattern_that_also_matches_folders_takes_the_files(prepare, tmp_path):
+    folder = tmp_path / 'corpus' / 'folder'
+    folder.mkdir(parents=True)
+    (folder / 'a.parquet').write_bytes(GOOD)
+    assert prepare('openwebtext', '--data_files', tmp_path / 'corpus' / '**')[0] == 0
 
 
 @pytest.mark.parametrize('option, value', [('--val_share', '1.5'), ('--seed', '-1')])

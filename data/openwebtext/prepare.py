@@ -124,7 +124,8 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
     else:
         where = data_files
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a network request, even for local files
-        files = sorted(os.path.abspath(path) for path in glob.glob(data_files, recursive=True))
+        found = filter(os.path.isfile, glob.glob(data_files, recursive=True))
+        files = sorted(map(os.path.abspath, found))
         if not files:
             raise ValueError(f'no file is called {data_files}; a pattern needs quotes in the shell')
         kind = _format(files)
@@ -139,6 +140,8 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
                 found = datasets.load_dataset(kind, data_files=files, **options)
         except Exception as e:  # datasets, its readers and the disk raise their own types
             cause = _cause(e)
+            if isinstance(cause, WrongColumn):
+                raise WrongColumn(str(cause)) from e
             if getattr(cause, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise ValueError(
                     f'{cache} cannot be written ({os.strerror(cause.errno)}); it takes as much '
@@ -213,7 +216,7 @@ def _is_readable(kind, path, column, options):
 
 
 class WrongColumn(ValueError):
-    """The text has no such column: no fault of its copy."""
+    """The text has no such column. The copy of it is sound."""
 
 
 def _check_column(column, types, where):

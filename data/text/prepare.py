@@ -76,7 +76,8 @@ def split(sizes, seed, val_share):
 
     The last val_share of the bytes, from the nearest character on, is for validation.
     """
-    paths = [list(sizes)[i] for i in np.random.default_rng(seed).permutation(len(sizes))]
+    paths = [*sizes]
+    paths = [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))]
     left = round(sum(sizes.values()) * (1 - val_share))  # bytes left for training
     train, val = [], []
     for path in paths:
