@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-
-try:
-    import pytorch_cpr
-except ImportError:
-    pytorch_cpr = None
 
 import model
 from configurator import check, configure
@@ -128,8 +124,10 @@ def contenders(params, impl):
             optimizer = cls(groups(regularize=False), order=order, **options, **ours)
             found[f"{cls.__name__}, order='{order}'"] = optimizer, moved, True
     found['AdamH'] = AdamH(groups(regularize=False), **ours), 44, True
-    if pytorch_cpr is None:
+    if find_spec('pytorch_cpr') is None:
         return found
+    import pytorch_cpr
+
     theirs = [{'params': matrices, 'regularize': True}, {'params': vectors, 'regularize': False}]
     found[THEIRS] = pytorch_cpr.AdamCPR(theirs, **common, **bound), None, False
     return found
@@ -137,6 +135,8 @@ def contenders(params, impl):
 
 def bench_optimizer():
     rt = setup(device)
+    if find_spec('pytorch_cpr') is None:
+        print('pytorch_cpr is not installed (requirements-dev.txt): left out')
     bandwidth = copy_bandwidth(rt)
     compiled = 'triton' if rt.device_type == 'cuda' else 'numba'
     for size in sizes.split(','):

@@ -129,7 +129,7 @@ def refused_by_train(script, dataset, tmp_path):
 @pytest.mark.parametrize(
     'argument, says',
     [
-        ('--batch_size=9999999999', 'not enough memory'),
+        ('--batch_size=1' + 15 * '0', 'not enough memory'),
         ('--block_size=9999999999', 'block_size'),
         ('--n_embd=99999999998', 'not enough memory'),
         ('--warmup_iters=1' + 400 * '0', 'warmup_iters must be less than 2**63'),
@@ -154,22 +154,24 @@ def test_a_setting_that_the_system_refuses_is_one_line_of_train_py(
 
 
 @pytest.mark.parametrize(
-    'text',
+    'text, says',
     [
-        'raise BaseException',
-        'raise GeneratorExit',
-        'import sys; sys.exit(0)',
-        'batch_size = 10**5000',
-        'learning_rate = 10**5000',
-        'def f(): f()\nf()',
-        'x = ' + 5000 * '[',
-        '\0',
+        ('raise BaseException', 'wrong.py does not run: BaseException'),
+        ('raise GeneratorExit', 'wrong.py does not run: GeneratorExit'),
+        ('import sys; sys.exit(0)', 'wrong.py does not run: SystemExit'),
+        ('batch_size = 10**5000', 'batch_size must be less than'),
+        ('learning_rate = 10**5000', 'learning_rate=inf must be a finite number'),
+        ('f = lambda g: g(g)\nf(f)', 'wrong.py does not run: RecursionError'),
+        ('x = ' + 5000 * '[', 'wrong.py does not run: '),
+        ('\0', 'wrong.py does not run: '),
     ],
     ids=lambda text: text[:20],
 )
-def test_a_config_file_that_goes_wrong_is_one_line_of_train_py(refused_by_train, tmp_path, text):
+def test_a_config_file_that_goes_wrong_is_one_line_of_train_py(
+    refused_by_train, tmp_path, text, says
+):
     (tmp_path / 'wrong.py').write_text(text)
-    refused_by_train(tmp_path / 'wrong.py')
+    assert says in refused_by_train(tmp_path / 'wrong.py')
 
 
 def test_a_config_file_in_other_letters_is_one_line_of_train_py(refused_by_train, tmp_path):

@@ -225,18 +225,6 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(script, tmp_path, gpt2_se
     assert (tmp_path / 'taken.tmp').exists()
 
 
-@pytest.mark.parametrize(
-    'change', [{'vocab_size': '7'}, {'tokenizer': []}, {'dtype': {}}, {'val_tokens': 'all'}]
-)
-def test_a_meta_json_whose_fields_are_of_other_types_is_named(script, tmp_path, gpt2_set, change):
-    save(tmp_path / 'out', gpt2_set)
-    path = gpt2_set / 'meta.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    outcome = script('export.py', tmp_path / 'out', tmp_path / 'hf')
-    assert outcome.status == 2 and f'{path} does not describe' in outcome.err
-    assert outcome.err.count('\n') == 1 and not (tmp_path / 'hf').exists()
-
-
 def test_a_folder_that_cannot_be_is_one_line(script, tmp_path, gpt2_set):
     save(tmp_path / 'out', gpt2_set)
     for folder in ('x' * 5000, 'a\0b', 'a\ud800b', '.', '/', tmp_path / 'out' / 'ckpt.pt' / 'hf'):

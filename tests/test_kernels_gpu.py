@@ -54,6 +54,11 @@ def both(sizes, *args, **kwargs):
     return ours, theirs
 
 
+def assert_close_sums(ours, theirs, sizes, dtype):
+    """Each summand, of a size near 1, may differ by a rounding of the weight."""
+    assert ((ours - theirs).abs() <= 2 * ROUNDING[dtype] * torch.tensor(sizes).to(ours)).all()
+
+
 @pytest.mark.parametrize(
     'sizes, reg, dtype, offset, missing',
     [
@@ -75,11 +80,8 @@ def test_triton_updates_and_sums_what_plain_torch_does(sizes, reg, dtype, offset
             step(problem)
         assert difference(ours.t.params, theirs.t.params) <= ROUNDING[dtype]
         assert difference(ours.tensors[len(sizes) :], theirs.tensors[len(sizes) :]) < 3e-6
-        tolerance = 1e-6 if dtype == torch.float32 else 1e-3
-        for a, b in zip(ours.reg_sums(), theirs.reg_sums(), strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=max(sizes) * tolerance)
-    sums = [problem.moments_() for problem in (ours, theirs)]
-    torch.testing.assert_close(*sums, rtol=1e-5, atol=max(sizes) * 1e-3)
+        assert_close_sums(ours.reg_sums(), theirs.reg_sums(), sizes, dtype)
+    assert_close_sums(ours.moments_(), theirs.moments_(), sizes, dtype)
     for problem in (ours, theirs):
         problem.apply_()
     assert difference(ours.t.params, theirs.t.params) <= 2 * ROUNDING[dtype]

@@ -438,12 +438,6 @@ def test_adamh_refuses_a_tensor_that_starts_at_zero_by_its_name():
         optimizer.step()
 
 
-def test_defaults_are_the_papers():
-    p = [nn.Parameter(torch.ones(2, 2))]
-    assert AdamCPR(p).order == 'before' and AdamWN(p).order == 'after'
-    assert AdamWN(p).param_groups[0]['rate'] == 1e-2 and AdamWN(p).param_groups[0]['ratio'] == 1.0
-
-
 # ---- pytorch-cpr
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -62,7 +64,7 @@ def finish(process):
     """(status, standard output, standard error without what torchrun adds)."""
     out, err = process.communicate()
     process.watchdog.cancel()
-    return process.returncode, out, err.partition('\nE1')[0]
+    return process.returncode, out, re.split(r'\nE\d{4} ', err)[0]
 
 
 def values(out_dir, kind, field):
@@ -188,12 +190,11 @@ def test_a_signal_to_torchrun_ends_the_run_with_a_checkpoint_that_it_goes_on_fro
     assert status != 0 and f'stopped by {number.name}' in out
     saved = checkpoint.load(tmp_path / 'ckpt.pt')['iter_num']
     assert saved == max(values(tmp_path, 'train', 'loss')) + 1
-    if saved < 50:
-        assert (
-            finish(torchrun(2, tmp_path, dataset, *CPR, '--dropout=0.1', '--init_from=auto'))[0]
-            == 0
-        )
-        same_run(tmp_path, alone)
+    if saved >= 50:
+        pytest.skip('the signal came after the iterations of the run to compare with')
+    process = torchrun(2, tmp_path, dataset, *CPR, '--dropout=0.1', '--init_from=auto')
+    assert finish(process)[0] == 0
+    same_run(tmp_path, alone)
 
 
 @pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
@@ -228,15 +229,14 @@ def test_killed_workers_are_started_again_and_the_run_ends_with_the_same_bits(
             killed, wanted = killed + 1, chance.randrange(6, 17)  # as many after the restart
     status, _, err = finish(process)
     assert (status, killed) == (0, kills), err
-    assert max(lost) <= 2 * 5, (
-        lost
-    )  # an interval, and the one whose checkpoint was just being written
+    # an interval, and the one whose checkpoint was just being written
+    assert max(lost, default=0) <= 2 * 5, lost
     for field in ('loss', 'grad_norm'):
         ours, theirs = (values(tmp_path / out, 'train', field) for out in ('killed', 'whole'))
         assert ours == theirs and len(ours) == 60 + 12 * kills
     ours, theirs = (checkpoint.load(tmp_path / out / 'ckpt.pt') for out in ('killed', 'whole'))
     assert all(torch.equal(ours['model'][name], theirs['model'][name]) for name in theirs['model'])
-    print(f'{killed} kills, {sum(lost)} iterations trained again, at most {max(lost)} at once')
+    print(f'{killed} kills, {sum(lost)} iterations trained again: {lost}')
 
 
 def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_path, monkeypatch):
@@ -249,10 +249,11 @@ def test_the_error_of_a_failing_process_is_the_first_thing_said(dataset, tmp_pat
     monkeypatch.setattr(subprocess, 'Popen', processes.UsualPopen)  # as its user starts it
     process = torchrun(2, tmp_path, dataset, '--max_iters=100000', '--checkpoint_interval=10')
     for line in process.stdout:
-        if line.startswith(
-            'iter 15:'
-        ):  # the disk goes: the first rank cannot write its next checkpoint
-            (tmp_path / 'ckpt.pt.tmp').mkdir()
+        # the disk goes: the first rank cannot write its next checkpoint
+        if line.startswith('iter 15:'):
+            while not (tmp_path / 'ckpt.pt.tmp').is_dir():
+                with suppress(FileExistsError):  # a checkpoint that is being written
+                    (tmp_path / 'ckpt.pt.tmp').mkdir()
     status, out, err = finish(process)
     assert (
         status != 0

@@ -472,12 +472,6 @@ def test_the_pictures_are_drawn_where_their_names_cannot_be_printed(runs, closed
         assert done.stderr.startswith('error: standard output: No space left on device')
 
 
-def test_the_help_names_the_project(capsys):
-    with pytest.raises(SystemExit, match='0'):
-        plot.main(['--help'])
-    assert 'nanoNorm' in capsys.readouterr().out
-
-
 def test_the_command_ends_with_status_2_and_no_traceback(tmp_path):
     done = plot_py(str(tmp_path))
     assert done.returncode == 2

@@ -470,6 +470,19 @@ def test_only_the_best_is_kept_when_asked(train, tmp_path):
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()  # no evaluation was better than the first
 
 
+def test_only_a_lower_loss_is_kept_over_a_resume_too(train, tmp_path):
+    """A learning rate of 1 makes the loss rise again."""
+    arguments = '--always_save_checkpoint=False', '--eval_interval=1', '--learning_rate=1.0'
+    arguments += '--min_lr=1.0', '--warmup_iters=0'
+    train(*arguments, '--max_iters=4', '--checkpoint_interval=4')
+    for more in '--max_iters=4', '--max_iters=8':
+        assert train(*arguments, more, '--init_from=auto').status == 0
+        losses = {e['iter']: e['val_loss'] for e in entries(tmp_path / 'out', 'eval')}
+    best = min(losses, key=losses.get)
+    saved = checkpoint.load(tmp_path / 'out' / 'ckpt.pt')
+    assert saved['iter_num'] == max(best, 4) and saved['best_val_loss'] == min(losses.values())
+
+
 def charts_of(tmp_path):
     """{chart: {iteration: value}}, as TensorBoard reads it from tmp_path/out."""
     event_accumulator = pytest.importorskip(
