@@ -8,6 +8,7 @@ for a float.
 """
 
 import ast
+import builtins
 import difflib
 import io
 import math
@@ -64,10 +65,11 @@ def _run(path, settings):
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
         hint = f'; did you mean {close[0]}?' if close else '; settings are written --key=value'
         fail(f"there is no config file '{path}'{hint}")
-    assigned = {}  # exec() puts a file's assignments into its locals
+    # the settings stand where builtins do: what is then in `assigned` is the file's own
+    assigned = {'__builtins__': {**vars(builtins), **settings}}
     with open(path, encoding='utf-8') as f:
         try:
-            exec(compile(f.read(), path, 'exec'), dict(settings), assigned)
+            exec(compile(f.read(), path, 'exec'), assigned)
         except KeyboardInterrupt:
             raise
         except BaseException as e:  # whatever the user's file raises

@@ -57,6 +57,13 @@ def test_a_config_file_may_import_compute_and_use_settings(settings):
     assert {key: settings[key] for key in expected} == expected
 
 
+def test_a_function_of_a_config_file_sees_what_the_file_assigns(settings):
+    text = 'TOKENS = 48\ndef fitting(length): return TOKENS // length * batch_size\n'
+    path = config(text.replace('TOKENS', '_tokens') + 'batch_size = fitting(4)')
+    configure(settings, [path])
+    assert settings['batch_size'] == 144
+
+
 def test_an_int_is_a_float_where_a_float_is_wanted(settings):
     configure(settings, ['--learning_rate=1'])
     assert settings['learning_rate'] == 1.0 and type(settings['learning_rate']) is float
