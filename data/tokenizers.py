@@ -129,7 +129,7 @@ def tokenizer(meta, folder=None, bpe_file=None):
         return GPT2Tokenizer(bpe_file or (beside if beside and beside.is_file() else None))
     if name == 'char':
         return CharTokenizer(meta['itos'])
-    fail(f"meta.json names the tokenizer '{name}'; known are 'char' and 'gpt2'")
+    fail(f"meta.json names the tokenizer '{name}', not 'char' or 'gpt2'; prepare the data set anew")
 
 
 def check_vocabulary(vocab_size, meta, remedy):

@@ -61,7 +61,7 @@ class TokenData:
         try:
             mapped = np.memmap(path, dtype=self.dtype, mode='r')
         except OSError as e:
-            fail(f'cannot read {path} ({e.strerror or e})')
+            fail(f'cannot read {path} ({e.strerror or e}); {remedy}')
         tokens = mapped.view(np.ndarray)  # a plain array is cheaper to slice
         self._check(split, tokens[:CHECKED_AT_OPEN])
         return tokens

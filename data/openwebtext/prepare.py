@@ -91,7 +91,8 @@ class Texts:
             try:
                 texts.append(chunk[int(row - self.starts[number])].as_py())
             except UnicodeDecodeError as e:
-                raise ValueError(f'the text in row {row} is not UTF-8 ({e.reason})') from e
+                problem = f'the text in row {row} is not UTF-8 ({e.reason})'
+                raise ValueError(f'{problem}; remove it') from e
             _release(mapped)
         return texts
 
@@ -148,7 +149,8 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
                     'room as the text, beside the token files: free some, or give another --out_dir'
                 ) from e
             unreadable = (f for f in files if not _is_readable(kind, f, column, options))
-            raise ValueError(f'{next(unreadable, where)} cannot be read ({_reason(e)})') from e
+            problem = f'{next(unreadable, where)} cannot be read ({_reason(e)})'
+            raise ValueError(f'{problem}; leave it out, or get it anew') from e
     types = [str(field.type) for field in found.features.arrow_schema]
     types = dict(zip(found.column_names, types, strict=True))
     _check_column(column, types, where)

@@ -43,7 +43,7 @@ class Files:
                 problem = f'{path} is not UTF-8 text (byte {start + e.start})'
                 raise ValueError(f'{problem}; convert it with iconv, or leave it out') from e
             except OSError as e:
-                raise ValueError(f'cannot read {path} ({e.strerror})') from e
+                raise ValueError(f'cannot read {path} ({e.strerror}); leave it out') from e
         return texts
 
 
@@ -55,7 +55,7 @@ def find(paths):
     found = {}
     for path in map(Path, paths):
         if not path.exists():
-            raise ValueError(f'there is no {path}')
+            raise ValueError(f'there is no file or folder {path}; check the path')
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.rglob('*') if not _is_hidden(file, path))
@@ -63,7 +63,7 @@ def find(paths):
             if file.is_file() and file.stat().st_size:
                 found[os.path.abspath(file)] = file.stat().st_size
     if not found:
-        raise ValueError(f'there is no text in {", ".join(map(str, paths))}')
+        raise ValueError(f'there is no text in {", ".join(map(str, paths))}; name files with text')
     return found
 
 
@@ -93,7 +93,7 @@ def split(sizes, seed, val_share):
         if cut < sizes[path]:
             val.append((path, cut, sizes[path]))
     if not train or not val:
-        raise ValueError('there is too little text for training and validation')
+        raise ValueError('there is too little text for training and validation; give more')
     return {'train': Files(train), 'val': Files(val)}
 
 
