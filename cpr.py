@@ -1,6 +1,6 @@
 """AdamW, AdamCPR, AdamWN and AdamH: Adam whose regularizer is the norm of each weight tensor.
 
-With R = sum(theta^2), and except for order='after', all four are one update of tensor j,
+With R = sum(theta^2), all four are one update of tensor j, unless order='after':
 
     theta_j <- (1 - d_j) * theta_j - s_j * u_j,    u_j = m_j / (sqrt(v_hat_j) + eps)
 

@@ -221,7 +221,7 @@ class GPT(nn.Module):
         """
         s = SimpleNamespace(**settings)
         common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), impl=s.impl)
-        common['max_grad_norm'] = s.grad_clip or math.inf  # 0.0 leaves skipping to GradScaler
+        common['max_grad_norm'] = s.grad_clip or math.inf  # 0.0: GradScaler would skip, uncounted
         if s.order != 'auto' and s.optimizer in ('adamcpr', 'adamwn'):
             common['order'] = s.order
         if s.optimizer == 'adamw':

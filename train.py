@@ -163,7 +163,7 @@ if wn_from:
 opt = model.configure_optimizer(settings, wn_ratio)
 scaler = torch.amp.GradScaler(rt.device_type, enabled=rt.dtype == 'float16')
 watch = Watch(loss_spike)
-iter_num, best_val_loss = 0, math.inf
+iter_num, best_val_loss, loss_sum = 0, math.inf, torch.zeros(())
 if saved:
     iter_num, best_val_loss = int(saved['iter_num']), float(saved['best_val_loss'])
     init_norms.update(saved.get('init_norms', {}))  # of the run's start, not of this resume
@@ -272,8 +272,8 @@ while True:
         log.write('eval', iter=iter_num, train_loss=train_loss, val_loss=val_loss)
         save_now = save_now or val_loss < best_val_loss or always_save_checkpoint
         best_val_loss = min(best_val_loss, val_loss)
-    # checkpoints from before the weights became nan must stay
-    if save_now and iter_num > first_iter and (finished or ranks.all_finite(model)):
+    # checkpoints from before the run broke down must stay
+    if save_now and iter_num > first_iter and (finished or ranks.all_finite(model, loss_sum)):
         save()
     if finished:
         log.write('norms', iter=iter_num, **norm_entry(opt, weights, init_norms))
@@ -334,7 +334,7 @@ while True:
     # stop on a signal; after the last iteration only an evaluation is left
     stop_signal = ranks.stop_signal()
     if stop_signal and iter_num < max_iters:
-        if sound := ranks.all_finite(model):
+        if sound := ranks.all_finite(model, loss_sum):
             save()
         break
 
@@ -345,6 +345,6 @@ log.close()
 ranks.close()
 if not finished:
     stopped = f'stopped by {signal.Signals(stop_signal).name} after iteration {iter_num - 1}'
-    written = writer.path if sound else 'no checkpoint, since weights are not finite'
+    written = writer.path if sound else 'no checkpoint, since the loss is not finite'
     ranks.say(f'{stopped}: wrote {written}; resume with --init_from=auto')
     sys.exit(128 + stop_signal)

@@ -71,7 +71,7 @@ class GPT2Tokenizer:
                 self.vocabulary = Path(bpe_file).read_bytes()  # tiktoken would cache it by its path
                 ranks = self._ranks(self.vocabulary)
             except OSError as e:
-                fail(f'{bpe_file} cannot be read ({e.strerror}); is it the path of a copy?')
+                fail(f'{bpe_file} cannot be read ({e.strerror}); give the path of a copy')
             except ValueError as e:
                 fail(f"{bpe_file} is not GPT-2's vocabulary of 50,256 lines 'base64 rank' ({e})")
         else:

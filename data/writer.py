@@ -136,7 +136,7 @@ def _write_held(folder, documents, tokenizer, source, end_of_text, fingerprint):
 
 
 def _remove_temporary(folder):
-    """Remove what this module writes before its end, but meta.json.tmp: see _commit."""
+    """Remove the unfinished files, except meta.json.tmp: see _commit."""
     for name in ('train.bin', 'val.bin', 'meta.pkl', BPE_FILE, 'progress.json'):
         (folder / f'{name}.tmp').unlink(missing_ok=True)
 

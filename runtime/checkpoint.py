@@ -73,11 +73,11 @@ def _move_on(path, keep):
             os.replace(old, _older(path, i + 1))
     if keep > 1 and os.path.exists(path):
         link = f'{path}.link'
-        remove(link)  # a kill leaves it; os.replace does, if ckpt.1.pt is a link to ckpt.pt already
+        remove(link)  # a kill leaves it
         try:
             os.link(path, link)
             os.replace(link, _older(path, 1))
-            remove(link)
+            remove(link)  # os.replace leaves it if ckpt.1.pt is a link to ckpt.pt already
         except OSError:  # a file system without links
             with replacing(_older(path, 1)) as temporary:
                 shutil.copyfile(path, temporary)
@@ -242,17 +242,19 @@ def damage(path):
 
 
 def put_aside(path):
-    """Make room for another run in a folder with checkpoints.
+    """Make room for another run: the newest checkpoint and the log become NAME.old.
 
-    The newest and the log become NAME.old, the other checkpoints are deleted.
+    The other checkpoints are deleted. The log of a run that left no checkpoint is overwritten if
+    log.jsonl.old is that of an earlier run.
     """
-    newest, *others = all_of(path) or [None]
-    if newest:
-        log = os.path.join(os.path.dirname(path), runlog.NAME)
-        for name in filter(os.path.exists, (log, newest)):
-            remove(f'{name}.old')
-            os.replace(name, f'{name}.old')
-    for old in others:
+    checkpoints, log = all_of(path), os.path.join(os.path.dirname(path), runlog.NAME)
+    moved = checkpoints[:1]
+    if os.path.exists(log) and (checkpoints or not os.path.exists(f'{log}.old')):
+        moved.insert(0, log)
+    for name in moved:
+        remove(f'{name}.old')
+        os.replace(name, f'{name}.old')
+    for old in checkpoints[1:]:
         remove(old)
 
 

@@ -59,6 +59,8 @@ def setup(device='auto', dtype='auto', seed=1337):
     device_type = torch.device(device).type
     if device_type not in ('cuda', 'mps', 'cpu'):
         fail(f"device='{device}' is of a kind that is not supported; use cuda, mps or cpu")
+    if device_type == 'cuda' and ':' in device:
+        torch.cuda.set_device(device)  # for synchronize(), events and memory figures
     if not 0 <= seed < 1 << 63:
         fail(f'seed={seed} must be at least 0 and less than 2**63')
     if dtype == 'auto':
@@ -68,8 +70,6 @@ def setup(device='auto', dtype='auto', seed=1337):
     if dtype not in DTYPES:
         fail(f"dtype='{dtype}' is not one of 'auto', {', '.join(repr(name) for name in DTYPES)}")
 
-    if device_type == 'cuda' and ':' in device:
-        torch.cuda.set_device(device)  # for synchronize(), events and memory figures
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

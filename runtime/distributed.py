@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from nanonorm.kernels.tensors import local
 from runtime.device import DTYPES
 from runtime.errors import can_flush, fail
 
@@ -149,10 +150,10 @@ class Ranks:
             dist.all_reduce(x, op=dist.ReduceOp.MAX)
         return x.item()
 
-    def all_finite(self, model):
-        """Return whether all weights are finite numbers. Every rank must call it."""
-        shards = (p.to_local() if hasattr(p, 'device_mesh') else p for p in model.parameters())
-        return not self.max(int(not all(x.isfinite().all() for x in shards)))
+    def all_finite(self, model, loss):
+        """Return whether the weights and the loss, 0-d, are finite numbers on every rank."""
+        tensors = loss, *map(local, model.parameters())
+        return not self.max(int(not all(x.isfinite().all() for x in tensors)))
 
     def from_rank0(self, question):
         """Return on every rank what question() returns on rank 0, such as which files exist."""
@@ -177,7 +178,7 @@ class Ranks:
         nats = self.sum(torch.tensor(nats, dtype=torch.float64))
         return nats.sum().item() / sum(tokens)
 
-    _signal = 0  # the number of the first that this process has received
+    _signal = 0  # the number of the last that this process has received
 
     def catch_signals(self):
         """Note SIGINT, SIGTERM and SIGUSR1 (SLURM's --signal=USR1@180) from now on.

@@ -228,7 +228,7 @@ class RunLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             problem = f'could not write {self.path} ({e.strerror})'
-            fail(f'{problem}; make room, then go on with --init_from=auto')
+            fail(f'{problem}; make room, or make it writable, and go on with --init_from=auto')
         values = _charted(kind, entry)
         for chart in self.charts if values else ():
             chart.draw(entry['iter'], values)

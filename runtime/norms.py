@@ -17,9 +17,9 @@ def norms_of(tensors):
 def norm_entry(opt, params, init_norms, before=None):
     """Return the fields of a 'norms' entry of the log.
 
-    params: {name: parameter}. before: {name: tensor} before the optimizer's last step, whose norms
-    and step are then returned, and which is overwritten; else the norms of `params` are.
-    init_norms: {name: norm} at the start.
+    params: {name: parameter}. before: {name: tensor} before the optimizer's last step. If given,
+    its norms and the step are returned, and its tensors are overwritten; otherwise the norms of
+    `params`. init_norms: {name: norm} at the start.
     """
     init_norms = {name: init_norms[name] for name in params}
     after = norms_of(params)

@@ -202,8 +202,8 @@ def halves_section(configs):
         '## Chosen on one half, reported on the other',
         '',
         'The final checkpoint of each run over the first half of val.bin, which ranks the configs, '
-        'and over the second. Only luck with the text is excluded so, not luck with the seeds: '
-        'confirm a choice with new ones. Mean ± standard deviation. Differences '
+        'and over the second. This removes luck with the text, not with the seeds: confirm a '
+        'choice with new seeds. Mean ± standard deviation. Differences '
         "on the second half are paired by seed: mean [95 % confidence interval by Student's t], "
         f'each by itself, over {len(first.runs)} seeds.',
         '',
@@ -383,7 +383,9 @@ def tuning_figure(configs):
             ax.plot(line, color=colour, marker='o', label=f'{rate:g}')
         variants = [x for x in panels[rule] if isinstance(x, str)]
         handles = []
-        for variant, dash in zip(variants, itertools.cycle(('--', ':')), strict=False):
+        for variant, dash in zip(
+            variants, itertools.cycle(('--', ':', '-.', (0, (6, 1)))), strict=False
+        ):
             for rate, loss in panels[rule][variant].items():
                 colour = ax.lines[rates.index(rate)].get_color()
                 ax.axhline(loss, color=colour, linestyle=dash, linewidth=1.4)

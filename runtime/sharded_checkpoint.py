@@ -96,7 +96,10 @@ def read(folder, model, no_dist=False):
     try:
         dcp().load(_named(params, states), checkpoint_id=folder, no_dist=no_dist)
     except dcp().CheckpointException as e:
-        reason = type(_first_failure(e)).__name__
+        failure = _first_failure(e)
+        reason = type(failure).__name__
+        if reason != 'UnpicklingError':  # whose text advises weights_only=False
+            reason += f': {failure}'.partition('\n')[0]
         problem = f'the tensors in {folder} cannot be read ({reason})'
         raise OSError(f'{problem}; restore it or start anew') from e
     return {i: states[name] for i, name in enumerate(optimizer_names(model)) if name in states}

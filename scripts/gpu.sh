@@ -13,11 +13,16 @@ PYTHON=${PYTHON:-python}
 OUT=${OUT:-out-gpu}
 mkdir -p "$OUT"
 names=" $* "
-known=""
 failed=0
 
+for name in "$@"; do
+    if ! grep -q "^step $name " "$0"; then
+        echo "error: there is no step $name; there are: $(grep -o '^step [a-z-]*' "$0" | cut -c6- | xargs)" >&2
+        exit 2
+    fi
+done
+
 step() { # step NAME COMMAND...: write the output to $OUT/NAME.txt and to the terminal
-    known="$known $1 "
     [[ $names == "  " || $names == *" $1 "* ]] || return
     echo "== $1: ${*:2}"
     "${@:2}" 2>&1 | tee "$OUT/$1.txt"
@@ -42,10 +47,4 @@ step study "$PYTHON" compare.py config/train_gpt2_adamw.py 'config/train_gpt2_cp
     config/train_gpt2_h.py --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \
     --warmup_iters=45 --eval_interval=150 --norm_log_interval=15 --out=results/linux_124M
 step study-logs tar -czf "$OUT/linux_124M.tar.gz" --exclude='*.pt*' results/linux_124M
-for name in "$@"; do
-    if [[ $known != *" $name "* ]]; then
-        echo "error: there is no step $name; there are:$known" >&2
-        failed=$((failed + 1))
-    fi
-done
 exit "$failed"

@@ -3,8 +3,8 @@
 #     sbatch scripts/two_nodes.sh config/train_gpt2_cpr.py --out_dir=/shared/out \
 #         --batch_size=10 --gradient_accumulation_steps=48
 # These are as many tokens an iteration as the config's; 16, the number of processes, divides 48.
-# Without SLURM run the last command on each node without srun, after the lines with `export`, with the
-# first node's name for HEAD and any number for SLURM_JOB_ID. Both nodes must see out_dir and data/.
+# Without SLURM run the `export` lines, then torchrun and what follows it, on each node, with the first
+# node's name for HEAD and any number for SLURM_JOB_ID. Both nodes must see out_dir and data/.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

@@ -161,7 +161,7 @@ def test_a_setting_that_the_system_refuses_is_one_line_of_train_py(
         ('import sys; sys.exit(0)', 'wrong.py does not run: SystemExit'),
         ('batch_size = 10**5000', 'batch_size must be less than'),
         ('learning_rate = 10**5000', 'learning_rate=inf must be a finite number'),
-        ('f = lambda g: g(g)\nf(f)', 'wrong.py does not run: RecursionError'),
+        ('def f(): f()\nf()', 'wrong.py does not run: RecursionError'),
         ('x = ' + 5000 * '[', 'wrong.py does not run: '),
         ('\0', 'wrong.py does not run: '),
     ],

@@ -58,8 +58,8 @@ def test_a_config_file_may_import_compute_and_use_settings(settings):
 
 
 def test_a_function_of_a_config_file_sees_what_the_file_assigns(settings):
-    text = 'TOKENS = 48\ndef fitting(length): return TOKENS // length * batch_size\n'
-    path = config(text.replace('TOKENS', '_tokens') + 'batch_size = fitting(4)')
+    text = '_tokens = 48\ndef fitting(length): return _tokens // length * batch_size\n'
+    path = config(text + 'batch_size = fitting(4)')
     configure(settings, [path])
     assert settings['batch_size'] == 144
 

@@ -55,8 +55,10 @@ def both(sizes, *args, **kwargs):
 
 
 def assert_close_sums(ours, theirs, sizes, dtype):
-    """Each summand, of a size near 1, may differ by a rounding of the weight."""
-    assert ((ours - theirs).abs() <= 2 * ROUNDING[dtype] * torch.tensor(sizes).to(ours)).all()
+    """Sums of positive terms by their size, of others by the square root of their number."""
+    share = 1.0 if dtype == torch.float32 else 0.02  # of the weights, which round to another side
+    size = share * theirs.abs() + 4 * torch.tensor(sizes).to(ours).sqrt()
+    assert ((ours - theirs).abs() <= ROUNDING[dtype] * size).all()
 
 
 @pytest.mark.parametrize(

@@ -624,6 +624,7 @@ def test_ctrl_c_that_also_ends_tee_still_writes_a_checkpoint(tmp_path, dataset):
         if line.startswith('iter 5:'):
             break
     process.send_signal(signal.SIGSTOP)  # or it might write between the two lines that follow
+    os.waitpid(process.pid, os.WUNTRACED)
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
@@ -780,6 +781,15 @@ def test_a_new_run_in_an_old_out_dir_is_not_taken_for_the_old_one(train, tmp_pat
     assert (tmp_path / 'out' / 'ckpt.pt.old').read_bytes() == old
     assert 'from scratch at iteration 0' in train('--init_from=auto').out
     assert (tmp_path / 'out' / 'log.jsonl.old').read_bytes() == old_log
+
+
+def test_the_log_of_a_run_whose_checkpoints_were_deleted_is_kept(train, tmp_path):
+    train()
+    log = (tmp_path / 'out' / 'log.jsonl').read_bytes()
+    for path in (tmp_path / 'out').glob('ckpt*'):
+        path.unlink()
+    train('--max_iters=2')
+    assert (tmp_path / 'out' / 'log.jsonl.old').read_bytes() == log
 
 
 def test_a_run_made_longer_keeps_its_last_evaluation(train, tmp_path):
@@ -1166,22 +1176,26 @@ def test_steps_without_a_finite_gradient_end_the_run_with_the_tensors_at_fault(
     assert train('--max_iters=12', '--max_skipped_steps=0', out='never').status == 0
 
 
-def test_a_signal_leaves_the_checkpoints_if_weights_are_no_numbers(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize('weight', [math.nan, 1e38])
+def test_a_run_that_broke_down_leaves_its_checkpoints(train, tmp_path, monkeypatch, weight):
+    """With weights of 1e38 the loss is nan, and so are the gradients: no step changes a weight."""
     step, steps = AdamW.step, []
 
     def spoil(self, *args):
         result = step(self, *args)
         steps.append(self)
         if len(steps) == 6:
-            self.param_groups[0]['params'][0].data.fill_(float('nan'))
+            self.param_groups[0]['params'][0].data.fill_(weight)
+        if len(steps) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
     monkeypatch.setattr(AdamW, 'step', spoil)
-    outcome = train('--max_iters=100', '--eval_interval=4')
+    outcome = train('--max_iters=100', '--eval_interval=4', '--max_skipped_steps=0')
     assert outcome.status == 128 + signal.SIGTERM
-    assert 'wrote no checkpoint, since weights are not finite' in outcome.out
-    assert checkpoint.load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 4
+    assert 'wrote no checkpoint, since the loss is not finite' in outcome.out
+    kept = {p.name: checkpoint.load(p)['iter_num'] for p in (tmp_path / 'out').glob('ckpt*.pt')}
+    assert kept == {'ckpt.pt': 4}
 
 
 def test_weights_that_are_no_numbers_do_not_replace_the_checkpoints(train, tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def load(cache, data_files=None, dataset=None, config=None, column='text'):
                 ) from e
             unreadable = (f for f in files if not _is_readable(kind, f, column, options))
             problem = f'{next(unreadable, where)} cannot be read ({_reason(e)})'
-            raise ValueError(f'{problem}; leave it out, or get it anew') from e
+            raise ValueError(f'{problem}; leave it out, or download it again') from e
     types = [str(field.type) for field in found.features.arrow_schema]
     types = dict(zip(found.column_names, types, strict=True))
     _check_column(column, types, where)

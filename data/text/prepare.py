@@ -63,7 +63,9 @@ def find(paths):
             if file.is_file() and file.stat().st_size:
                 found[os.path.abspath(file)] = file.stat().st_size
     if not found:
-        raise ValueError(f'there is no text in {", ".join(map(str, paths))}; name files with text')
+        raise ValueError(
+            f'there is no text in {", ".join(map(str, paths))}; give files that contain text'
+        )
     return found
 
 
