@@ -13,6 +13,7 @@ from helpers.optimizers import (
     assert_same_state,
     assert_unchanged_since,
     copies,
+    device_of,
     every_class,
     every_variant,
     gradient_steps,
@@ -28,8 +29,8 @@ from torch import nn
 SHAPES = [(4, 3), (7,), (17, 9), (257, 33)]
 
 
-def scaler(**options):
-    return torch.amp.GradScaler('cpu', init_scale=1024.0, **options)
+def scaler(device='cpu', **options):
+    return torch.amp.GradScaler(device, init_scale=1024.0, **options)
 
 
 # ---- clipping
@@ -118,7 +119,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_counts(
 @pytest.mark.parametrize('impl', [TRITON])
 @pytest.mark.parametrize('variant', ['cpr-dependent-after', 'cpr-uniform', 'wn'])
 def test_triton_skips_a_step_whose_gradient_is_not_finite(variant, impl):
-    params = parameters([(4, 3), (7,)])
+    params = parameters([(4, 3), (7,)], device=device_of(impl))
     grads = gradient_steps(params, 6)
     good = copies(params)
     reference = make(variant, good, impl=impl)
@@ -133,7 +134,7 @@ def test_triton_skips_a_step_whose_gradient_is_not_finite(variant, impl):
 @pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
 @pytest.mark.parametrize('found', [0.0, 1.0])
 def test_without_measuring_only_an_overflow_found_elsewhere_skips(found, impl):
-    params = parameters([(4, 3)])
+    params = parameters([(4, 3)], device=device_of(impl))
     optimizer = make('cpr-uniform', params, max_grad_norm=None, impl=impl)
     before = copies(params)
     optimizer.found_inf = torch.tensor(found)
@@ -203,14 +204,14 @@ def test_clipping_between_unscaling_and_the_step_is_what_is_stepped_with():
 
 @pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
 def test_scaled_gradients_are_unscaled_in_the_step_in_every_implementation(impl):
-    params = parameters([(4, 3), (7,)])
+    params = parameters([(4, 3), (7,)], device=device_of(impl))
     plain = copies(params)
     options = dict(max_grad_norm=1.0, impl=impl)
     a, b = (
         make('cpr-dependent-after', params, **options),
         make('cpr-dependent-after', plain, **options),
     )
-    grad_scaler = scaler()
+    grad_scaler = scaler(device_of(impl))
     for step in gradient_steps(params, 4):
         set_grads(params, [grad_scaler.scale(g.clone()) for g in step])
         grad_scaler.step(a)

@@ -11,6 +11,7 @@ from helpers.optimizers import (
     VARIANTS,
     assert_close,
     copies,
+    device_of,
     every_impl,
     every_variant,
     gradient_steps,
@@ -65,7 +66,7 @@ def test_learning_rate_schedulers_drive_it(variant, scheduler):
 )
 @pytest.mark.parametrize('shape', [(), (1,)])
 def test_a_tensor_is_as_good_a_learning_rate_as_a_number(variant, impl, shape):
-    params = parameters()
+    params = parameters(device=device_of(impl))
     grads = gradient_steps(params, 4 if impl == 'triton' else 12)
     numbers, tensors = copies(params), copies(params)
     lr = torch.full(shape, 0.03)
@@ -129,8 +130,8 @@ def test_a_parameter_without_a_gradient_waits(variant, impl):
 
 @pytest.mark.parametrize('impl', [TRITON])
 def test_a_parameter_without_a_gradient_waits_in_triton(impl):
-    params = parameters([(4, 3), (5, 5)])
-    reference = reference_of('wn-global-before', params, order='after')
+    params = parameters([(4, 3), (5, 5)], device=device_of(impl))
+    reference = reference_of('wn-global-before', [p.cpu() for p in params], order='after')
     optimizer = make('wn-global-before', params, order='after', impl=impl)
     for t, step in enumerate(gradient_steps(params, 6)):
         step = [step[0], step[1] if t % 3 == 1 else None]
@@ -143,7 +144,7 @@ def test_a_parameter_without_a_gradient_waits_in_triton(impl):
 @pytest.mark.parametrize('order', ['before', 'after'])
 @pytest.mark.parametrize('target', [{'norm': 9.0}, {'ratio': 1.3}], ids=['norm', 'ratio'])
 def test_a_joint_norm_is_that_of_all_tensors_whichever_have_gradients(target, order, impl):
-    results, start = [], parameters()
+    results, start = [], parameters(device=device_of(impl))
     grads = gradient_steps(start, 4)
     options = dict(rate=0.5, scope='global', order=order, impl=impl, **target)
     for waits in (False, True):
