@@ -335,6 +335,7 @@ def final_figure(configs):
     ax.set_ylim(len(configs) - 0.4, -0.6)
     ax.grid(axis='y', visible=False)
     ax.margins(x=0.03)
+    ax.locator_params(axis='x', nbins=5)
     ax.set_xlabel('final validation loss (nats per token)', fontsize=9)
     return figure
 
