@@ -23,8 +23,8 @@ validation text and reported on the other: each run's final checkpoint is evalua
 half of val.bin (val_loss_choose in results.jsonl) and over the second (val_loss_report). The report
 then ranks the configs by the first half and gives their losses on the second, with the differences
 between configs, paired by seed, and 95 % confidence intervals. A run keeps its two losses in
-halves.json. Finished runs that still have their ckpt.pt can be evaluated later. This removes luck
-with the text, not luck with the seeds: confirm the choice with new seeds.
+halves.json. Finished runs that still have their ckpt.pt can be evaluated later. --halves removes
+luck with the text, not luck with the seeds: confirm the choice with new seeds.
 """
 
 import ast

@@ -258,6 +258,8 @@ class AdamCPR(NormAdam):
         lambda_j <- max(0, lambda_j + mu / n_j * (R_j - kappa_j))
         theta_j  <- theta_j - lambda_j * grad R_j(theta_j) - s_j * u_j
 
+    s_j * u_j is Adam's step, lr * m_hat_j / (sqrt(v_hat_j) + eps).
+
     Args, under pytorch_cpr.AdamCPR's names:
         params: as AdamW's. In a module, tensors of two or more dimensions have a bound, except
             those of norms, biases and, without reg_embedding, embeddings and weights tied to them.

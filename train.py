@@ -345,6 +345,6 @@ log.close()
 ranks.close()
 if not finished:
     stopped = f'stopped by {signal.Signals(stop_signal).name} after iteration {iter_num - 1}'
-    written = writer.path if sound else 'no checkpoint, since the loss is not finite'
+    written = writer.path if sound else 'no checkpoint, since the loss or a weight is not finite'
     ranks.say(f'{stopped}: wrote {written}; resume with --init_from=auto')
     sys.exit(128 + stop_signal)

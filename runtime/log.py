@@ -179,8 +179,8 @@ def _writing_to(out_dir):
 class RunLog:
     """Append to out_dir/log.jsonl, and draw the entries on the charts that the settings ask for.
 
-    A run that continues at `iter_num` first drops the entries that it will write again. Until the
-    first entry, the log of an earlier run is left as it is.
+    A run that continues at `iter_num` first drops the entries that it will write again. With its
+    first entry a new run overwrites an earlier log, which checkpoint.put_aside() may have renamed.
     writes: False for all ranks but one: they write and draw nothing.
     Fails if another run has the folder, or it cannot be written.
     """

@@ -1193,7 +1193,7 @@ def test_a_run_that_broke_down_leaves_its_checkpoints(train, tmp_path, monkeypat
     monkeypatch.setattr(AdamW, 'step', spoil)
     outcome = train('--max_iters=100', '--eval_interval=4', '--max_skipped_steps=0')
     assert outcome.status == 128 + signal.SIGTERM
-    assert 'wrote no checkpoint, since the loss is not finite' in outcome.out
+    assert 'wrote no checkpoint, since the loss or a weight is not finite' in outcome.out
     kept = {p.name: checkpoint.load(p)['iter_num'] for p in (tmp_path / 'out').glob('ckpt*.pt')}
     assert kept == {'ckpt.pt': 4}
 
