@@ -403,7 +403,8 @@ def tuning_figure(configs):
     return figure
 
 
-@matplotlib.rc_context({**figures.STYLE, 'savefig.dpi': 100})  # small files for the repository
+# small files for the repository, as wide as their legends of long names
+@matplotlib.rc_context({**figures.STYLE, 'savefig.dpi': 100, 'savefig.bbox': 'tight'})
 def draw(configs, out):
     """Write the pictures to `out` and return {file name: caption}."""
     shown, caption = configs, 'mean over the seeds'
