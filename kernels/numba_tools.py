@@ -5,8 +5,11 @@ Compiled code on disk is made anew after an edit of cpu.py, not of this file: th
 """
 
 import os
+from collections import deque
+from contextlib import suppress
+from itertools import pairwise
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 from numba import carray, njit, types
@@ -44,18 +47,26 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
-threads, tasks = [], SimpleQueue()  # threads are started when they are first needed
+locks, tasks = [], SimpleQueue()  # a lock a thread, which it holds while it works
 
 
-def _do_tasks():
-    """Do tasks for ever. Put None, or what a function raised, into the queue that comes with it."""
+def _do_tasks(lock):
     while True:
-        done, function, arguments = tasks.get()
-        try:
-            done.put(function(*arguments))
-        except BaseException as error:
-            done.put(error)
-        del done, function, arguments  # of an optimizer that may go before the next task comes
+        task = tasks.get()
+        with lock:
+            _do_spans(*task)
+        del task  # of an optimizer that may go before the next task comes
+
+
+def _do_spans(spans, errors, function, arguments):
+    """Call the function on spans until none is left. Add what it raises to `errors`."""
+    with suppress(IndexError):  # of a deque that is empty
+        while True:
+            span = spans.popleft()
+            try:
+                function(*span, *arguments)
+            except BaseException as error:
+                errors.append(error)
 
 
 def share(function, count, work, *arguments):
@@ -63,30 +74,33 @@ def share(function, count, work, *arguments):
 
     There are as many threads as PyTorch has, but at most one for each 2 ** 17 of `work`, which is
     counted in elements of Adam's pass: to wake a thread for less takes longer than to do the work.
-    What the function raises in any thread is raised here, after all have ended.
+    This thread does its own span and then those that no other has begun, so that it waits for none
+    to wake. What the function raises in any thread is raised here, after all have ended.
     """
     number = max(1, min(torch.get_num_threads(), work >> 17))
-    while len(threads) < number - 1:
-        thread = Thread(target=_do_tasks, daemon=True)
-        thread.start()
-        threads.append(thread)
+    while len(locks) < number - 1:  # threads are started when they are first needed
+        locks.append(Lock())
+        Thread(target=_do_tasks, args=locks[-1:], daemon=True).start()
     edges = [count * i // number for i in range(number + 1)]
-    first, *others = zip(edges, edges[1:], strict=False)
-    done = SimpleQueue()
-    for span in others:
-        tasks.put((done, function, (*span, *arguments)))
+    spans, errors = deque(pairwise(edges)), []
+    task = spans, errors, function, arguments
+    for _ in range(number - 1):
+        tasks.put(task)
     try:
-        function(*first, *arguments)
-    finally:  # the others write to addresses, which must not be freed
-        errors = [done.get() for _ in others]
-    for error in filter(None, errors):
+        _do_spans(*task)
+    finally:  # others write to addresses, which must not be freed
+        spans.clear()
+        for lock in locks:
+            with lock:
+                pass
+    for error in errors:
         raise error
 
 
 def _start_anew():
     """Forget the threads in a forked child, which has none of its parent's."""
-    global threads, tasks
-    threads, tasks = [], SimpleQueue()
+    global locks, tasks
+    locks, tasks = [], SimpleQueue()
 
 
 os.register_at_fork(after_in_child=_start_anew)

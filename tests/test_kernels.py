@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -210,6 +211,14 @@ def test_an_exception_in_any_thread_reaches_the_caller_when_all_have_ended(cpu, 
     assert len(ended) == 1
     cpu.share(work, 10, 1 << 20, None)
     assert sorted(ended[1:]) == [(0, 5), (5, 10)]
+
+
+def test_a_thread_that_does_not_wake_is_not_waited_for(cpu, monkeypatch):
+    torch.set_num_threads(3)
+    monkeypatch.setattr('nanonorm.kernels.numba_tools.tasks', SimpleQueue())  # nobody listens
+    done = []
+    cpu.share(lambda begin, end: done.append((begin, end)), 10, 1 << 20)
+    assert done == [(0, 3), (3, 6), (6, 10)]
 
 
 def test_two_threads_step_two_optimizers_as_one_does(cpu):
