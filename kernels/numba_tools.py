@@ -9,7 +9,7 @@ from collections import deque
 from contextlib import suppress
 from itertools import pairwise
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import RLock, Thread
 
 import torch
 from numba import carray, njit, types
@@ -47,20 +47,20 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
-locks, tasks = [], SimpleQueue()  # a lock a thread, which it holds while it works
+threads, tasks = [], SimpleQueue()  # threads are started when they are first needed
 
 
-def _do_tasks(lock):
+def _do_tasks():
     while True:
-        task = tasks.get()
+        lock, *task = tasks.get()
         with lock:
             _do_spans(*task)
-        del task  # of an optimizer that may go before the next task comes
+        del lock, task  # of an optimizer that may go before the next task comes
 
 
 def _do_spans(spans, errors, function, arguments):
     """Call the function on spans until none is left. Add what it raises to `errors`."""
-    with suppress(IndexError):  # of a deque that is empty
+    with suppress(IndexError):  # no span is left
         while True:
             span = spans.popleft()
             try:
@@ -70,37 +70,42 @@ def _do_spans(spans, errors, function, arguments):
 
 
 def share(function, count, work, *arguments):
-    """Split range(count) into spans and call function(begin, end, *arguments), a thread a span.
+    """Split range(count) into spans and call function(begin, end, *arguments), on several threads.
 
-    There are as many threads as PyTorch has, but at most one for each 2 ** 17 of `work`, which is
-    counted in elements of Adam's pass: to wake a thread for less takes longer than to do the work.
-    This thread does its own span and then those that no other has begun, so that it waits for none
-    to wake. What the function raises in any thread is raised here, after all have ended.
+    There are as many spans as PyTorch has threads, but at most one for each 2 ** 17 of `work`,
+    which is counted in elements of Adam's pass: waking a thread for less takes longer than doing
+    the work. This thread does spans until none is left, so that it waits for no other to wake. What
+    the function raises in any thread is raised here, after all have ended.
     """
     number = max(1, min(torch.get_num_threads(), work >> 17))
-    while len(locks) < number - 1:  # threads are started when they are first needed
-        locks.append(Lock())
-        Thread(target=_do_tasks, args=locks[-1:], daemon=True).start()
+    while len(threads) < number - 1:
+        thread = Thread(target=_do_tasks, daemon=True)
+        thread.start()
+        threads.append(thread)
     edges = [count * i // number for i in range(number + 1)]
     spans, errors = deque(pairwise(edges)), []
     task = spans, errors, function, arguments
-    for _ in range(number - 1):
-        tasks.put(task)
+    locks = [RLock() for _ in range(number - 1)]  # a thread holds one while it works
     try:
-        _do_spans(*task)
-    finally:  # others write to addresses, which must not be freed
-        spans.clear()
         for lock in locks:
-            with lock:
-                pass
+            tasks.put((lock, *task))
+        _do_spans(*task)
+    finally:  # others write to addresses, which must not be freed: Ctrl-C has to wait, too
+        spans.clear()
+        while locks:
+            try:
+                with locks[-1]:
+                    locks.pop()
+            except BaseException as error:
+                errors.append(error)
     for error in errors:
         raise error
 
 
 def _start_anew():
     """Forget the threads in a forked child, which has none of its parent's."""
-    global locks, tasks
-    locks, tasks = [], SimpleQueue()
+    global threads, tasks
+    threads, tasks = [], SimpleQueue()
 
 
 os.register_at_fork(after_in_child=_start_anew)
