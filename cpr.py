@@ -312,10 +312,10 @@ class AdamCPR(NormAdam):
         check(method in methods, f"kappa_init_method='{method}' must be one of {methods}")
         check(group['reg_function'] in functions, f'reg_function must be one of {functions}')
         check(method == 'inflection_point' or param > 0, f'kappa_init_param={param} must be > 0')
-        whole = method != 'warm_start' or param % 1 == 0
-        check(whole, f'kappa_init_param={param} must be a whole number of steps')
-        whole = every >= 1 and every % 1 == 0
-        check(whole, f'reg_step_size={every} must be a whole number of steps, at least 1')
+        fits = method != 'warm_start' or param % 1 == 0
+        check(fits, f'kappa_init_param={param} must be a whole number of steps')
+        fits = every >= 1 and every % 1 == 0
+        check(fits, f'reg_step_size={every} must be a whole number of steps, at least 1')
         check(mu >= 0, f'kappa_update={mu} must be >= 0')
         check(0 <= decay < 1, f'reg_ema_decay={decay} must be in [0, 1)')
 
@@ -439,7 +439,7 @@ class AdamWN(NormAdam):
         self._drop_buckets()
 
     def init_state(self, b):
-        if b.group['norm'] is None:
+        if b.group['norm'] is None and self.scope == 'tensor':
             b.warn_of_zeros('its target is 0')
         return {'init_norm': b.R.sqrt().float(), 'ratio': torch.full_like(b.decay, math.nan)}
 

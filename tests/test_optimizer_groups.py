@@ -271,8 +271,9 @@ def test_a_tensor_that_starts_at_zero_is_named_once_since_its_target_is_zero(mak
         lambda p: AdamCPR(p, kappa_init_method='uniform'),
         lambda p: AdamCPR(p),
         lambda p: AdamWN(p, norm=2.0),
+        lambda p: AdamWN(p, scope='global'),
     ],
-    ids=['adamw', 'uniform', 'inflection_point', 'norm'],
+    ids=['adamw', 'uniform', 'inflection_point', 'norm', 'joint norm'],
 )
 def test_a_tensor_that_starts_at_zero_is_nothing_to_warn_of_elsewhere(make_it):
     params = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(0, 4))]
