@@ -1,12 +1,14 @@
 """The passes over memory: Numba's kernels beside plain PyTorch's, and what becomes of a process."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Barrier, current_thread, main_thread
 
 import pytest
 import torch
@@ -134,6 +136,15 @@ def test_numba_computes_the_same_bits_on_any_number_of_threads(cpu, variant):
     assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
 
 
+def test_the_sum_over_all_gradients_has_the_same_bits_on_any_number_of_threads(cpu):
+    problem, totals = Problem(cpu, SIZES), set()
+    problem.t.grad_sums = torch.rand(200_000, 3) ** 20  # as many chunks as of 1.6G elements
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        totals.add(cpu.grad_squares(problem.t).item())
+    assert len(totals) == 1
+
+
 @pytest.mark.parametrize('variant', ['cpr-dependent-after', 'cpr-inflection-after', 'wn', 'adamw'])
 def test_numba_computes_the_same_bits_among_other_tensors(cpu, variant):
     torch.set_num_threads(2)
@@ -181,10 +192,14 @@ def test_a_forked_child_takes_steps_as_its_parent_does(cpu):
     """No thread goes with a child. PyTorch's own threads hang there: it works on small tensors."""
     fork = """
 from cpr import AdamCPR
+from nanonorm.kernels import numba_tools
 optimizer = AdamCPR([p], impl='numba')
 step(optimizer)
 child = os.fork()
+if child == 0:
+    assert not numba_tools.threads
 total = step(optimizer)
+assert numba_tools.threads
 if child == 0:
     print('child', total, flush=True)
     os._exit(0)
@@ -198,9 +213,10 @@ print('parent', total)
 @pytest.mark.parametrize('failing', [0, 5])
 def test_an_exception_in_any_thread_reaches_the_caller_when_all_have_ended(cpu, failing):
     torch.set_num_threads(2)
-    ended = []
+    both, ended = Barrier(2, timeout=60), []
 
     def work(begin, end, failing):
+        both.wait()  # so that each thread has one span
         if begin == failing:
             raise KeyError(begin)
         time.sleep(0.2)
@@ -213,9 +229,27 @@ def test_an_exception_in_any_thread_reaches_the_caller_when_all_have_ended(cpu, 
     assert sorted(ended[1:]) == [(0, 5), (5, 10)]
 
 
+def test_ctrl_c_is_raised_when_the_other_threads_have_ended(cpu):
+    torch.set_num_threads(2)
+    both, ended = Barrier(2, timeout=60), []
+
+    def work(begin, end):
+        both.wait()
+        if current_thread() is not main_thread():
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)  # the main thread waits
+            time.sleep(0.2)
+            ended.append((begin, end))
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu.share(work, 10, 1 << 20)
+    assert len(ended) == 1
+
+
 def test_a_thread_that_does_not_wake_is_not_waited_for(cpu, monkeypatch):
     torch.set_num_threads(3)
-    monkeypatch.setattr('nanonorm.kernels.numba_tools.tasks', SimpleQueue())  # nobody listens
+    monkeypatch.setattr('nanonorm.kernels.numba_tools.threads', [None, None])  # nobody listens
+    monkeypatch.setattr('nanonorm.kernels.numba_tools.tasks', SimpleQueue())
     done = []
     cpu.share(lambda begin, end: done.append((begin, end)), 10, 1 << 20)
     assert done == [(0, 3), (3, 6), (6, 10)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.optimizers import (
     NUMBA,
+    SHAPES,
     TORCH,
     TRITON,
     VARIANTS,
@@ -22,8 +23,10 @@ from helpers.optimizers import (
     stepped,
     train,
 )
+from torch import nn
 
 from cpr import AdamCPR, AdamWN
+from nanonorm.kernels.bucket import Bucket
 
 # ---- values that change from step to step
 
@@ -188,6 +191,18 @@ def test_zero_grad_closure_and_hooks():
     assert not torch.equal(before, p) and calls == ['pre', 'post']
     optimizer.zero_grad()
     assert p.grad is None and optimizer.step() is None
+
+
+@every_variant
+def test_no_step_reads_a_value_on_the_host(variant, monkeypatch):
+    """Tensors of the device 'meta' have no values: to ask for one raises."""
+    monkeypatch.setattr(Bucket, 'zeros', lambda bucket: [])  # only asked when buckets are made
+    params = [nn.Parameter(torch.empty(shape, device='meta')) for shape in SHAPES]
+    optimizer = make(variant, params, lr=torch.tensor(0.1, device='meta'), max_grad_norm=1.0)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
 
 
 @every_variant

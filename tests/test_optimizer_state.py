@@ -32,7 +32,7 @@ from helpers.optimizers import (
 )
 from torch import nn
 
-from cpr import AdamCPR, AdamW, AdamWN
+from cpr import AdamCPR, AdamH, AdamW, AdamWN
 
 INFLECTION = {'ema', 'ema_last', 'ema_growth'}
 
@@ -228,7 +228,8 @@ def test_the_method_for_kappa_comes_with_the_state(saved, loads):
 
 DECISIONS = ('lagmul', 'kappa', 'kappa_set', 'init_norm', 'ratio')
 AT_REST = {
-    'adamw': ('adamw', {}),
+    'adamw': ('adamw', ()),
+    'h': ('h', ()),
     **{
         f'cpr {reg} {order} {method}': ('cpr', (reg, order, method))
         for reg in REG_FUNCTIONS
@@ -244,6 +245,7 @@ AT_REST = {
 
 AT_REST_IN_TRITON = [
     'adamw',
+    'h',
     'cpr l2 before dependent',
     'cpr l1 after dependent',
     'cpr huber before dependent',
@@ -258,6 +260,8 @@ def at_rest(name, params, **options):
     kind, details = AT_REST[name]
     if kind == 'adamw':
         return AdamW(params, weight_decay=0.5, **options)
+    if kind == 'h':
+        return AdamH(params, **options)
     if kind == 'wn':
         scope, order = details
         return AdamWN(params, scope=scope, order=order, rate=0.5, ratio=1.5, **options)

@@ -37,21 +37,19 @@ ACCESS = re.compile(r'\b(?P<kind>ld|st)\.global\S*?' + WIDTH + r'\s')
 
 
 def kernels():
-    """(name, kernel, its constants, warps, GPU generations) of what a step launches."""
+    """(name, kernel, its constants) of what a step launches."""
     for dtype in gpu.DTYPES.values():
         for reg in ('l2', 'l1', 'huber') if dtype is tl.float32 else ('l2',):
-            generations = (80, 90, 100) if reg == 'l2' else (90,)
             constants = dict(DTYPE=dtype, REG=reg)
-            yield f'adam {dtype} {reg}', gpu._adam, constants, gpu.WARPS, generations
-        halves = dict(DTYPE=dtype, REG=None)
-        yield f'moments {dtype}', gpu._adam, halves, gpu.WARPS, (80, 90, 100)
-        yield f'apply {dtype}', gpu._apply, dict(DTYPE=dtype), gpu.WARPS, (80, 90, 100)
-        yield f'correct {dtype}', gpu._correct, constants, gpu.WARPS, (90,)
-        yield f'sums {dtype}', gpu._sums, dict(COLUMN=0, **constants), gpu.WARPS, (90,)
-    yield 'totals', gpu._totals, {}, 4, (90,)
+            yield f'adam {dtype} {reg}', gpu._adam, constants
+            yield f'correct {dtype} {reg}', gpu._correct, constants
+            yield f'sums {dtype} {reg}', gpu._sums, dict(COLUMN=0, **constants)
+        yield f'moments {dtype}', gpu._adam, dict(DTYPE=dtype, REG=None)
+        yield f'apply {dtype}', gpu._apply, dict(DTYPE=dtype)
+    yield 'totals', gpu._totals, {}
 
 
-def compiled(kernel, constants, warps, arch):
+def compiled(kernel, constants, arch):
     names = list(inspect.signature(kernel.fn).parameters)
     pointers = {name: '*' + POINTERS.get(name, 'fp32') for name in names}
     source = ASTSource(
@@ -60,7 +58,8 @@ def compiled(kernel, constants, warps, arch):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if n not in constants},
     )
-    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options={'num_warps': warps})
+    target, options = GPUTarget('cuda', arch, 32), {'num_warps': gpu.WARPS}
+    return triton.compile(source, target=target, options=options)
 
 
 def loops(ptx):
@@ -144,9 +143,9 @@ def compilations():
 
 if __name__ == '__main__':
     table = []
-    for name, kernel, constants, warps, generations in kernels():
-        for arch in generations:
-            binary = compiled(kernel, constants, warps, arch)
+    for name, kernel, constants in kernels():
+        for arch in (80, 90, 100):
+            binary = compiled(kernel, constants, arch)
             row = {'kernel': name, 'arch': arch, **memory(binary)}
             table.append({**row, 'loops': loops(binary.asm['ptx'])})
     print(json.dumps({'kernels': table, 'compilations': compilations()}))

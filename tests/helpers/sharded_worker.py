@@ -7,6 +7,7 @@ gradient norm. IMPL is the `impl` that updates the shards; the reference has 'to
 """
 
 import sys
+from operator import mul
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -54,8 +55,17 @@ def difference(ours, theirs, scale=None):
         ours = ours.to_local()
     ours = ours.double()
     assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
     differences = (ours - theirs).nan_to_num(0, 0, 0).abs() / scale
     return differences.max().item() if differences.numel() else 0.0
+
+
+reductions = []  # the calls of all_reduce
+
+
+def counted(*args, all_reduce=torch.distributed.all_reduce, **options):
+    reductions.append(args)
+    return all_reduce(*args, **options)
 
 
 def compare(cls, options, impl, mesh, placements):
@@ -74,7 +84,12 @@ def compare(cls, options, impl, mesh, placements):
             p.grad = gradient(step, j)
             q.grad = placed(j, p.grad, mesh, placements)
         reference.step()
+        reductions.clear()
         opt.step()
+        # the sums for the norm of the gradients, and in order 'before' those for R with them
+        decisions = [1 + (b.measures_R and opt.order != 'before') for b in opt._buckets]
+        groups = [len(b.shard_groups) for b in opt._buckets]
+        assert step == 0 or len(reductions) == sum(map(mul, decisions, groups))
         worst = max(worst, difference(opt.grad_norm, reference.grad_norm))
         for p, q in zip(whole, sharded, strict=True):
             worst = max(worst, difference(q, p))
@@ -115,6 +130,7 @@ def cases():
 
 def main(impl, *names):
     ranks = start('fsdp', 'cpu')
+    torch.distributed.all_reduce = counted
     flat = init_device_mesh('cpu', (ranks.world_size,))
     grid = init_device_mesh('cpu', (2, ranks.world_size // 2))
     meshes = (grid, (Replicate(), Shard(0))), (flat, (Shard(0),))
