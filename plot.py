@@ -35,7 +35,7 @@ def draw_all(args):
     if with_norms:
         drawn['ratio.png'] = figures.norms_figure(with_norms, figures.RATIO)
         drawn['tensor.png'] = figures.tensor_figure(with_norms, tensor)
-    with_steps = [run for run in with_norms if run.has_steps()]
+    with_steps = [run for run in with_norms if run.has('step')]
     if with_steps:
         drawn['step.png'] = figures.norms_figure(with_steps, figures.STEP)
 

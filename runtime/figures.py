@@ -76,7 +76,7 @@ class Run:
         holders = [self.entries[kind][i] for i in iters]
         if tensor is not None:
             holders = [holder.get('tensors', {}).get(tensor, {}) for holder in holders]
-        values = [_number(holder.get(key)) for holder in holders]
+        values = [number(holder.get(key)) for holder in holders]
         return np.array(iters, dtype=float), np.array(values, dtype=float)
 
     def tensors(self):
@@ -84,11 +84,12 @@ class Run:
         norms = self.entries.get('norms')
         return norms[max(norms)].get('tensors', {}) if norms else {}
 
-    def has_steps(self):
-        return bool(np.isfinite(self.series('norms', 'step')[1]).any())
+    def has(self, key):
+        """Return whether a 'norms' entry has a number for `key`, of all tensors together."""
+        return bool(np.isfinite(self.series('norms', key)[1]).any())
 
 
-def _number(value):
+def number(value):
     """Return `value` as a float, nan if it is null or too large for float32."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 3.4e38 else np.nan
 
@@ -183,7 +184,7 @@ def choose_tensor(runs, wanted=None):
     matrices = [(name, values) for name, values in tensors if kind_of(name) not in ('wte', 'wpe')]
 
     def rank(tensor):
-        return [np.nan_to_num(_number(tensor[1].get(key))) for key in ('lagmul', 'norm')]
+        return [np.nan_to_num(number(tensor[1].get(key))) for key in ('lagmul', 'norm')]
 
     return max(bounded or matrices or tensors, key=rank)[0]
 

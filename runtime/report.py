@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -294,15 +295,28 @@ def labels(configs):
     return short
 
 
+@np.errstate(all='ignore')
+def of_matrices(entry):
+    """Return ratio and step of a 'norms' entry's matrices in the blocks together, nan if unknown.
+
+    Every rule acts on these; on embeddings AdamH never does, and AdamCPR only with reg_embedding.
+    """
+    tensors = entry['tensors'].items()
+    matrices = [x for name, x in tensors if figures.kind_of(name) not in ('wte', 'wpe', 'other')]
+    values = [[figures.number(x.get(key)) for x in matrices] for key in ('norm', 'ratio', 'step')]
+    norm, ratio, step = np.array(values)
+    now, start = np.linalg.norm(norm), np.linalg.norm(norm / ratio)
+    return {'ratio': float(now / start), 'step': float(np.linalg.norm(norm * step) / now)}
+
+
 def mean_run(config, label, style):
     """Return the mean over a config's seeds as a figures.Run."""
     runs = [figures.run_of(run.entries, config.name, style) for run in config.runs]
+    for run in runs:
+        norms = run.entries.get('norms', {})
+        norms.update((i, of_matrices(entry)) for i, entry in norms.items())
     entries = {}
-    averaged = {
-        'train': ['loss'],
-        'eval': ['val_loss', 'train_loss'],
-        'norms': ['ratio', 'step', 'angle'],
-    }
+    averaged = {'train': ['loss'], 'eval': ['val_loss', 'train_loss'], 'norms': ['ratio', 'step']}
     for kind, keys in averaged.items():
         common = set.intersection(*(set(run.entries.get(kind, {})) for run in runs))
         for i in sorted(common):
@@ -425,12 +439,10 @@ def draw(configs, out):
     if any(len(run.entries['eval']) > 2 for run in runs):  # else the curves are straight lines
         drawn['loss.png'] = figures.loss_figure(runs)
         captions['loss.png'] = f'loss, {caption}'
-    if all(run.entries.get('norms') for run in runs):
-        drawn['ratio.png'] = figures.norms_figure(runs, figures.RATIO)
-        captions['ratio.png'] = f'norm ratio, {caption}'
-    if all(run.has_steps() for run in runs):
-        drawn['step.png'] = figures.norms_figure(runs, figures.STEP)
-        captions['step.png'] = f'length of a step over the norm, and the angle it turns, {caption}'
+    for key, label in (('ratio', 'norm / norm at the start'), ('step', 'step / norm')):
+        if all(run.has(key) for run in runs):
+            drawn[f'{key}.png'] = figures.norms_figure(runs, {key: f'{label}, matrices'})
+            captions[f'{key}.png'] = f'{label}, of the matrices without embeddings, {caption}'
     tuning = tuning_figure(configs)
     if tuning:
         drawn['tuning.png'] = tuning

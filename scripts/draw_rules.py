@@ -5,6 +5,7 @@ python scripts/draw_rules.py
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime.report import of_matrices  # noqa: E402  (found by the line above)
+
 RULES = (  # label, a config of the study, colour
     ('AdamW, tuned', 'train_mini_adamw_weight_decay=0.1', '#0072B2'),
     ('AdamCPR, embeddings too', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
@@ -26,7 +31,7 @@ RULES = (  # label, a config of the study, colour
 )
 PANELS = (  # kind of the log's entries, key, title
     ('train', 'loss', 'training loss (nats per token)'),
-    ('norms', 'ratio', 'weight norm / weight norm at the start'),
+    ('norms', 'ratio', 'norm of the matrices / norm at the start'),
 )
 
 
@@ -37,7 +42,8 @@ def series(archive, config, kind, key):
         if name.startswith(f'runs/{config}/') and name.endswith('/log.jsonl'):
             for entry in map(json.loads, archive.extractfile(name)):
                 if entry['kind'] == kind:
-                    values.setdefault(entry['iter'], []).append(entry[key])
+                    x = of_matrices(entry)[key] if kind == 'norms' else entry[key]
+                    values.setdefault(entry['iter'], []).append(x)
     return list(values), [np.mean(v) for v in values.values()]
 
 

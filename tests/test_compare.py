@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -247,6 +248,19 @@ def test_a_number_in_braces_is_the_run_of_that_config_with_the_same_seed(recipe)
             runlog.read(path)[0]['config'] for path in sorted((out / 'runs').glob(f'*/seed{seed}'))
         ]
         assert settings[1]['wn_from'] == settings[0]['out_dir'] and settings[1]['seed'] == seed
+
+
+def test_the_pictures_of_norms_leave_embeddings_and_layer_norms_out():
+    tensors = {
+        'transformer.wte.weight': dict(norm=100.0, ratio=10.0, step=0.5),
+        'transformer.h.0.ln_1.weight': dict(norm=100.0, ratio=10.0, step=0.5),
+        'transformer.h.0.attn.c_attn.weight': dict(norm=6.0, ratio=2.0, step=0.1),
+        'transformer.h.0.mlp.c_proj.weight': dict(norm=8.0, ratio=2.0, step=0.1),
+    }
+    entry = {'kind': 'norms', 'iter': 3, 'tensors': tensors}
+    assert report.of_matrices(entry) == pytest.approx({'ratio': 10 / 5, 'step': 0.1})
+    tensors['transformer.h.0.mlp.c_proj.weight'] = dict(norm=8.0, ratio=2.0)
+    assert math.isnan(report.of_matrices(entry)['step'])
 
 
 def test_the_report_names_all_commands_pictures_and_the_machine(recipe):
