@@ -6,11 +6,15 @@
 #     bash scripts/gpu.sh                        all of it
 #     bash scripts/gpu.sh tests optimizer        only these
 #     PYTHON=python3 OUT=/tmp/figures bash scripts/gpu.sh
+#     ITERS=40000 bash scripts/gpu.sh study study-logs
 #
 # A failed step does not stop the next one. The exit status is the number of failed steps.
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-out-gpu}
+# of the study, 65,536 tokens each. Weight decay and growth balance after about 10,000,
+# 1 / (learning rate * decay): 450 show the start of the runs, 40,000 what the rules do
+ITERS=${ITERS:-450}
 mkdir -p "$OUT"
 names=" $* "
 failed=0
@@ -21,6 +25,11 @@ for name in "$@"; do
         exit 2
     fi
 done
+
+if ! [[ $ITERS =~ ^[1-9][0-9]{2,}$ ]]; then
+    echo "error: ITERS=$ITERS must be a whole number, at least 100" >&2
+    exit 2
+fi
 
 step() { # step NAME COMMAND...: write the output to $OUT/NAME.txt and to the terminal
     [[ $names == "  " || $names == *" $1 "* ]] || return
@@ -41,10 +50,12 @@ step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-ex
 step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
 step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
 step train "$PYTHON" bench.py --what=train
-# 450 iterations of 65,536 tokens, 50 checks of the growth, a ramp of a quarter
-step study "$PYTHON" compare.py config/train_gpt2_adamw.py 'config/train_gpt2_cpr.py --reg_step_size=9' \
-    'config/train_gpt2_wn.py --wn_ramp_iters=112' 'config/train_gpt2_wn.py --wn_from={1} --wn_ramp_iters=112' \
-    config/train_gpt2_h.py --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 --max_iters=450 --lr_decay_iters=450 \
-    --warmup_iters=45 --eval_interval=150 --norm_log_interval=15 --out=results/linux_124M
+# 50 checks of the growth, a ramp of a quarter
+ramp=--wn_ramp_iters=$((ITERS / 4))
+step study "$PYTHON" compare.py config/train_gpt2_adamw.py "config/train_gpt2_cpr.py --reg_step_size=$((ITERS / 50))" \
+    "config/train_gpt2_wn.py $ramp" "config/train_gpt2_wn.py --wn_from={1} $ramp" config/train_gpt2_h.py \
+    --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 \
+    --max_iters="$ITERS" --lr_decay_iters="$ITERS" --warmup_iters=$((ITERS / 10)) \
+    --eval_interval=$((ITERS / 3)) --norm_log_interval=$((ITERS / 30)) --out=results/linux_124M
 step study-logs tar -czf "$OUT/linux_124M.tar.gz" --exclude='*.pt*' results/linux_124M
 exit "$failed"
