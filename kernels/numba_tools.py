@@ -90,10 +90,10 @@ def share(function, count, work, *arguments):
         for lock in locks:
             tasks.put((lock, *task))
         _do_spans(*task)
-    finally:  # others write to addresses, which must not be freed: Ctrl-C has to wait, too
-        spans.clear()
+    finally:  # other threads write to addresses that must not be freed: wait even after Ctrl-C
         while locks:
             try:
+                spans.clear()
                 with locks[-1]:
                     locks.pop()
             except BaseException as error:

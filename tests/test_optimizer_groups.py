@@ -271,7 +271,7 @@ def test_a_tensor_that_starts_at_zero_is_named_once_since_its_target_is_zero(mak
         lambda p: AdamCPR(p, kappa_init_method='uniform'),
         lambda p: AdamCPR(p),
         lambda p: AdamWN(p, norm=2.0),
-        lambda p: AdamWN(p, scope='global'),
+        lambda p: AdamWN([*p, nn.Parameter(torch.ones(2, 2))], scope='global'),
     ],
     ids=['adamw', 'uniform', 'inflection_point', 'norm', 'joint norm'],
 )
