@@ -42,7 +42,8 @@ what = 'optimizer'  # 'optimizer', 'host', 'train', 'throughput' or 'prepare'
 repeats = 15  # rounds; each contender runs once in each
 device = 'auto'  # of the tensors
 impl = 'auto'  # of this project's optimizers: 'triton', 'numba', 'torch'; 'auto': each that runs
-# whose tensors are updated: of 'char,124M,350M,774M,1.5B' and 'tiny'; '': see below
+# whose tensors are updated: of 'char,124M,350M,774M,1.5B' and 'tiny';
+# '': 124M,1.5B for what='host', else 124M,char
 sizes = ''
 batches = '12,32,64'  # throughput: sequences an iteration
 block_size = 1024  # throughput: tokens a sequence
@@ -141,9 +142,9 @@ def bench_optimizer():
         print('pytorch_cpr is not installed (requirements-dev.txt): left out')
     bandwidth = copy_bandwidth(rt)
     compiled = 'triton' if rt.device_type == 'cuda' else 'numba'
-    every = [compiled, 'torch'] if find_spec(compiled) else ['torch']
+    impls = [compiled, 'torch'] if find_spec(compiled) else ['torch']
     for size in sizes.split(','):
-        for each in every if impl == 'auto' else [impl]:
+        for each in impls if impl == 'auto' else [impl]:
             optimizer_table(size, each, bandwidth, rt)
             gc.collect()  # the next one needs the memory
             if rt.device_type == 'cuda':
