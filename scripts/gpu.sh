@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Run all that needs a GPU: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the four
-# optimizers on data/linux (results/README.md says how to prepare it). The output goes to $OUT, by
+# optimizers on data/$DATASET, by default data/linux (results/README.md says how to prepare it). The output goes to $OUT, by
 # default out-gpu.
 #
 #     bash scripts/gpu.sh                        all of it
 #     bash scripts/gpu.sh tests optimizer        only these
 #     PYTHON=python3 OUT=/tmp/figures bash scripts/gpu.sh
-#     ITERS=40000 bash scripts/gpu.sh study study-logs
+#     ITERS=40000 DATASET=openwebtext bash scripts/gpu.sh study study-logs
 #
 # A failed step does not stop the next one. The exit status is the number of failed steps.
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-out-gpu}
-# of the study, 65,536 tokens each. Weight decay and growth balance after about 10,000,
-# 1 / (learning rate * decay): 450 show the start of the runs, 40,000 what the rules do
+# The study's iterations of 65,536 tokens. Weight decay and growth balance after about 10,000,
+# 1 / (learning rate * decay): 450 show how the runs start, 40,000 what the rules do. 1,650 are one
+# pass over data/linux.
 ITERS=${ITERS:-450}
+DATASET=${DATASET:-linux}
 mkdir -p "$OUT"
 names=" $* "
 failed=0
@@ -54,8 +56,8 @@ step train "$PYTHON" bench.py --what=train
 ramp=--wn_ramp_iters=$((ITERS / 4))
 step study "$PYTHON" compare.py config/train_gpt2_adamw.py "config/train_gpt2_cpr.py --reg_step_size=$((ITERS / 50))" \
     "config/train_gpt2_wn.py $ramp" "config/train_gpt2_wn.py --wn_from={1} $ramp" config/train_gpt2_h.py \
-    --seeds=1 --dataset=linux --batch_size=16 --gradient_accumulation_steps=4 \
+    --seeds=1 --dataset="$DATASET" --batch_size=16 --gradient_accumulation_steps=4 \
     --max_iters="$ITERS" --lr_decay_iters="$ITERS" --warmup_iters=$((ITERS / 10)) \
-    --eval_interval=$((ITERS / 3)) --norm_log_interval=$((ITERS / 30)) --out=results/linux_124M
-step study-logs tar -czf "$OUT/linux_124M.tar.gz" --exclude='*.pt*' results/linux_124M
+    --eval_interval=$((ITERS / 3)) --norm_log_interval=$((ITERS / 30)) --out="results/${DATASET}_124M"
+step study-logs tar -czf "$OUT/${DATASET}_124M.tar.gz" --exclude='*.pt*' "results/${DATASET}_124M"
 exit "$failed"
