@@ -85,7 +85,7 @@ class Run:
         return norms[max(norms)].get('tensors', {}) if norms else {}
 
     def has(self, key):
-        """Return whether a 'norms' entry has a number for `key`, of all tensors together."""
+        """Return whether some 'norms' entry has a number for `key`."""
         return bool(np.isfinite(self.series('norms', key)[1]).any())
 
 
@@ -257,9 +257,9 @@ STEP = {'step': 'step / weight norm', 'angle': 'its turn (degrees)'}
 
 
 def norms_figure(runs, panels):
-    """Draw a panel for each {key of 'norms': its label}: RATIO or STEP.
+    """Draw a panel for each {key of 'norms': its label}, as in RATIO and STEP.
 
-    It shows all tensors together and, for a single run, each tensor. Ticks on the line of the ratio
+    It shows the tensors together and, for a single run, each tensor. Ticks on the line of the ratio
     show where AdamCPR set the bounds.
     """
     height = 4.5 if len(panels) == 1 else 5.2

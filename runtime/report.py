@@ -274,9 +274,9 @@ def explanation(seeds, rows):
         'p < 5 % in a two-sided paired t test, each row taken by itself: if none of the '
         f'{rows - 1} rows truly differed, {0.05 * (rows - 1):.2f} would be expected to have one. '
         'Steps: the first evaluation that is at or below what the first config ended with at that '
-        'seed. Norm ratio: all weight tensors together, end over start. ms a step, tokens/s: '
-        'median over the run, mean over seeds; whatever else ran on the machine is in it. {N} in a '
-        'name is the out_dir of row N.'
+        'seed. Norm ratio: all weight tensors together, embeddings included, end over start. ms a '
+        'step, tokens/s: median over the run, mean over seeds; whatever else ran on the machine is '
+        'in it. {N} in a name is the out_dir of row N.'
     )
 
 
@@ -297,24 +297,27 @@ def labels(configs):
 
 @np.errstate(all='ignore')
 def of_matrices(entry):
-    """Return ratio and step of a 'norms' entry's matrices in the blocks together, nan if unknown.
+    """Return a 'norms' entry of the matrices in the blocks alone; ratio and step nan if unknown.
 
     Every rule acts on these; on embeddings AdamH never does, and AdamCPR only with reg_embedding.
     """
-    tensors = entry['tensors'].items()
-    matrices = [x for name, x in tensors if figures.kind_of(name) not in ('wte', 'wpe', 'other')]
-    values = [[figures.number(x.get(key)) for x in matrices] for key in ('norm', 'ratio', 'step')]
-    norm, ratio, step = np.array(values)
+    others = 'wte', 'wpe', 'other'
+    tensors = {n: x for n, x in entry['tensors'].items() if figures.kind_of(n) not in others}
+    keys = 'norm', 'ratio', 'step'
+    norm, ratio, step = np.array(
+        [[figures.number(x.get(k)) for x in tensors.values()] for k in keys]
+    )
     now, start = np.linalg.norm(norm), np.linalg.norm(norm / ratio)
-    return {'ratio': float(now / start), 'step': float(np.linalg.norm(norm * step) / now)}
+    joint = {'ratio': float(now / start), 'step': float(np.linalg.norm(norm * step) / now)}
+    return {**entry, **joint, 'tensors': tensors}
 
 
 def mean_run(config, label, style):
-    """Return the mean over a config's seeds as a figures.Run."""
-    runs = [figures.run_of(run.entries, config.name, style) for run in config.runs]
-    for run in runs:
-        norms = run.entries.get('norms', {})
-        norms.update((i, of_matrices(entry)) for i, entry in norms.items())
+    """Return the mean over a config's seeds as a figures.Run, with the norms of the matrices."""
+    runs = []
+    for run in config.runs:
+        logged = [of_matrices(e) if e['kind'] == 'norms' else e for e in run.entries]
+        runs.append(figures.run_of(logged, config.name, style))
     entries = {}
     averaged = {'train': ['loss'], 'eval': ['val_loss', 'train_loss'], 'norms': ['ratio', 'step']}
     for kind, keys in averaged.items():
@@ -439,10 +442,10 @@ def draw(configs, out):
     if any(len(run.entries['eval']) > 2 for run in runs):  # else the curves are straight lines
         drawn['loss.png'] = figures.loss_figure(runs)
         captions['loss.png'] = f'loss, {caption}'
-    for key, label in (('ratio', 'norm / norm at the start'), ('step', 'step / norm')):
+    for key, label in {**figures.RATIO, 'step': figures.STEP['step']}.items():
         if all(run.has(key) for run in runs):
             drawn[f'{key}.png'] = figures.norms_figure(runs, {key: f'{label}, matrices'})
-            captions[f'{key}.png'] = f'{label}, of the matrices without embeddings, {caption}'
+            captions[f'{key}.png'] = f'{label}, of the matrices in the blocks, {caption}'
     tuning = tuning_figure(configs)
     if tuning:
         drawn['tuning.png'] = tuning

@@ -258,7 +258,9 @@ def test_the_pictures_of_norms_leave_embeddings_and_layer_norms_out():
         'transformer.h.0.mlp.c_proj.weight': dict(norm=8.0, ratio=2.0, step=0.1),
     }
     entry = {'kind': 'norms', 'iter': 3, 'tensors': tensors}
-    assert report.of_matrices(entry) == pytest.approx({'ratio': 10 / 5, 'step': 0.1})
+    found = report.of_matrices(entry)
+    assert [found['ratio'], found['step']] == pytest.approx([10 / 5, 0.1])
+    assert [*found['tensors']] == [*tensors][2:]
     tensors['transformer.h.0.mlp.c_proj.weight'] = dict(norm=8.0, ratio=2.0)
     assert math.isnan(report.of_matrices(entry)['step'])
 
