@@ -381,7 +381,8 @@ def tuning_figure(configs):
     """Plot the final loss over each rule's own setting: a panel a rule, a line a learning rate.
 
     It is the lowest loss of the configs that agree in both. Horizontal lines are variants without
-    that setting. Returns None if no rule has several values of its setting.
+    that setting. The axis ends below losses that are far above most. Returns None if no rule has
+    several values of its setting.
     """
     panels = {}  # {rule: {value or variant: {learning rate: loss}}}
     for config in configs:
@@ -415,6 +416,11 @@ def tuning_figure(configs):
         ax.set_title(figures.OPTIMIZERS[rule])
         ax.margins(x=0.1)
     axes[0].set_ylabel('final validation loss')
+    losses = [loss for rule in rules for line in panels[rule].values() for loss in line.values()]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    lowest, high = np.quantile(losses, [0, 0.75]) if losses else (0, 0)
+    if high > lowest:  # show the valleys, not how high a rate that is too high can lead
+        axes[0].set_ylim(top=min(axes[0].get_ylim()[1], lowest + 2 * (high - lowest)))
     handles = axes[0].lines[: len(rates)]
     figure.legend(handles=handles, title='learning rate', loc='outside right upper')
     return figure
@@ -451,7 +457,7 @@ def draw(configs, out):
         drawn['tuning.png'] = tuning
         captions['tuning.png'] = (
             "final validation loss over each rule's own setting: the lowest of the configs that "
-            'agree in it and in the learning rate'
+            'agree in it and in the learning rate, as far as the axis goes'
         )
     for name, figure in drawn.items():
         figures.save(figure, os.path.join(out, name))

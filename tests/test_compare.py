@@ -192,6 +192,9 @@ def test_the_tuning_picture_has_a_line_a_learning_rate_over_the_setting_of_each_
     (ax,) = report.tuning_figure([*grid, single]).axes
     assert [text.get_text() for text in ax.get_xticklabels()] == ['0', '0.5', '1']
     assert [list(line.get_ydata()) for line in ax.lines] == [[0.1, 0.6, 1.1], [0.2, 0.7, 1.2]]
+    assert ax.get_ylim()[1] > 1.2
+    (ax,) = report.tuning_figure([*grid, config('adamw', 0.3, weight_decay=9.0)]).axes
+    assert 1.2 < ax.get_ylim()[1] < 9
 
     inflection = config('adamcpr', 0.1)  # has no setting to tune
     chosen = [
