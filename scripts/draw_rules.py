@@ -20,9 +20,13 @@ sys.path.insert(0, str(ROOT))
 from runtime.report import of_matrices  # noqa: E402  (found by the line above)
 
 RULES = (  # label, a config of the study, colour
-    ('AdamW, tuned', 'train_mini_adamw_weight_decay=0.1', '#0072B2'),
+    (
+        'AdamW, tuned',
+        'train_mini_adamw_learning_rate=4.2e-2_min_lr=0.0042_weight_decay=0.2',
+        '#0072B2',
+    ),
     ('AdamCPR, embeddings too', 'train_mini_cpr_reg_embedding=True', '#D55E00'),
-    ('AdamWN, tuned', 'train_mini_wn_learning_rate=3e-2_min_lr=0.003_wn_ratio=2', '#009E73'),
+    ('AdamWN, tuned', 'train_mini_wn_wn_ratio=2_wn_rate=0.1', '#009E73'),
     (
         'AdamH, tuned',
         'train_mini_h_learning_rate=1.2e-1_min_lr=0.012_adamh_step_scale=0.5',
@@ -55,9 +59,11 @@ with tarfile.open(ROOT / 'results/equilibrium/finalists/runs.tar.gz') as archive
             iters, values = series(archive, config, kind, key)
             ax.plot(iters, values, color=colour, linewidth=2, label=label)
             if kind == 'norms':
-                ax.annotate(
-                    f' {values[-1]:.1f}', (iters[-1], values[-1]), color=colour, va='center'
+                end, place = (
+                    (iters[-1], values[-1]),
+                    'top' if label == 'AdamWN, tuned' else 'bottom',
                 )
+                ax.annotate(f' {values[-1]:.1f}', end, color=colour, va=place)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel('iteration')
         ax.xaxis.set_major_locator(MaxNLocator(5))
