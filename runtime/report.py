@@ -398,8 +398,9 @@ def tuning_figure(configs):
     axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     for ax, rule in zip(axes, rules, strict=True):
         for rate, colour in zip(rates, itertools.cycle(figures.COLOURS), strict=False):
-            line = [panels[rule][value].get(rate, math.nan) for value in values[rule]]
-            ax.plot(line, color=colour, marker='o', label=f'{rate:g}')
+            tried = [i for i, value in enumerate(values[rule]) if rate in panels[rule][value]]
+            line = [panels[rule][values[rule][i]][rate] for i in tried]
+            ax.plot(tried, line, color=colour, marker='o', label=f'{rate:g}')
         variants = [x for x in panels[rule] if isinstance(x, str)]
         handles = []
         for variant, dash in zip(
@@ -410,8 +411,9 @@ def tuning_figure(configs):
                 ax.axhline(loss, color=colour, linestyle=dash, linewidth=1.4)
             handles.append(Line2D([], [], color=figures.GREY, linestyle=dash, label=variant))
         if handles:
-            ax.legend(handles=handles, fontsize=8)
-        ax.set_xticks(range(len(values[rule])), [f'{value:g}' for value in values[rule]])
+            ax.legend(handles=handles, fontsize=8, framealpha=0.5)
+        ticks, turned = [f'{value:g}' for value in values[rule]], 45 * (len(values[rule]) > 5)
+        ax.set_xticks(range(len(ticks)), ticks, rotation=turned)
         ax.set_xlabel(TUNED[rule] if values[rule] else '')
         ax.set_title(figures.OPTIMIZERS[rule])
         ax.margins(x=0.1)
