@@ -59,10 +59,8 @@ with tarfile.open(ROOT / 'results/equilibrium/finalists/runs.tar.gz') as archive
             iters, values = series(archive, config, kind, key)
             ax.plot(iters, values, color=colour, linewidth=2, label=label)
             if kind == 'norms':
-                end, place = (
-                    (iters[-1], values[-1]),
-                    'top' if label == 'AdamWN, tuned' else 'bottom',
-                )
+                place = 'top' if label == 'AdamWN, tuned' else 'bottom'  # else two numbers meet
+                end = iters[-1], values[-1]
                 ax.annotate(f' {values[-1]:.1f}', end, color=colour, va=place)
         ax.set_title(title, fontsize=11)
         ax.set_xlabel('iteration')

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all that needs a GPU: tests, compute-sanitizer, benchmarks, and GPT-2 124M with the four
-# optimizers on data/$DATASET, by default data/linux (results/README.md says how to prepare it). The output goes to $OUT, by
-# default out-gpu.
+# optimizers on data/$DATASET, by default data/linux (results/README.md says how to prepare it). The
+# output goes to $OUT, by default out-gpu.
 #
 #     bash scripts/gpu.sh                        all of it
 #     bash scripts/gpu.sh tests optimizer        only these
@@ -53,7 +53,8 @@ step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
 step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
 step train "$PYTHON" bench.py --what=train
 # 50 checks of the growth, a ramp of a quarter
-ramp=--wn_ramp_iters=$((ITERS / 4))
+ramp="--wn_ramp_iters=$((ITERS / 4))"
+[[ $ITERS -lt 10000 ]] && ramp+=" --wn_rate=0.1" # 0.01 takes 100 iterations to follow
 step study "$PYTHON" compare.py config/train_gpt2_adamw.py "config/train_gpt2_cpr.py --reg_step_size=$((ITERS / 50))" \
     "config/train_gpt2_wn.py $ramp" "config/train_gpt2_wn.py --wn_from={1} $ramp" config/train_gpt2_h.py \
     --seeds=1 --dataset="$DATASET" --batch_size=16 --gradient_accumulation_steps=4 \
