@@ -172,10 +172,12 @@ class Bucket:
         moves, step = self.has_grad & self.proceed, self.state['step']
         step += moves
         if self.regularizes:
-            self.active = self.regularized & moves & self.lr.bool()  # lr = 0 decides nothing
-        bias_corrections = torch.expm1(step * self.log_betas).neg_()  # 1 - beta^t
-        torch.div(self.lr, bias_corrections[0], out=self.step_size)
-        torch.rsqrt(bias_corrections[1], out=self.rsqrt_bias2)
+            self.active = self.regularized & moves
+            if torch.is_tensor(lr) or lr == 0:  # lr = 0 decides nothing
+                self.active &= self.lr.bool()
+        bias1, bias2 = torch.expm1(step * self.log_betas).neg_().unbind()  # 1 - beta^t
+        torch.div(self.lr, bias1, out=self.step_size)
+        torch.rsqrt(bias2, out=self.rsqrt_bias2)
 
 
 def make_buckets(optimizer):

@@ -6,12 +6,13 @@ order, so that no bit depends on the number of threads or on the other tensors.
 """
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from numba import njit
 
-from .numba_tools import array, arrays, element, in_vectors, options, share
+from .numba_tools import array, arrays, collector_paused, element, in_vectors, options, share
 from .tensors import Table as Tensors  # noqa: F401  (what these passes work on)
 
 REG = {'l2': 0, 'std': 0, 'l1': 1, 'huber': 2}  # l2 and std have the same arithmetic
@@ -119,7 +120,8 @@ def _apply(begin, end, table, coefficients, hyper):
 def grad_squares(t):
     _run(_sums, t, 1, REG['l2'], t.grad_sums)
     # PyTorch's sum depends on the number of threads
-    return torch.tensor(t.grad_sums.numpy()[:, 0].sum(dtype=np.float64))
+    total = t.grad_sums.numpy()[:, 0].sum(dtype=np.float64)
+    return torch.from_numpy(np.asarray(total))
 
 
 def reg_sums(t):
@@ -154,7 +156,7 @@ def apply_(t, coefficients, hyper, proceed):
 
 
 def _totals(t, sums):
-    starts = t.first[:-1].numpy()
+    starts = t.first.numpy()[:-1]
     return torch.from_numpy(np.add.reduceat(sums.numpy(), starts, axis=0, dtype=np.float64).T)
 
 
@@ -162,4 +164,6 @@ def _run(function, t, *arguments):
     arguments = [x.numpy() if torch.is_tensor(x) else x for x in arguments]
     table = t.chunks.numpy(), t.addresses.numpy()
     work = t.numel // 8 if function is _sums else t.numel  # a sum takes an eighth of Adam's time
-    share(function, len(t.chunks), work, table, *arguments)
+    known = function.signatures  # else this call compiles it, or loads it from the disk
+    with nullcontext() if known else collector_paused():
+        share(function, len(t.chunks), work, table, *arguments)

@@ -4,9 +4,10 @@ Compiled code on disk is made anew after an edit of cpu.py, not of this file: th
 *.nb* in kernels/__pycache__.
 """
 
+import gc
 import os
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from queue import SimpleQueue
 from threading import RLock, Thread
@@ -47,6 +48,18 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
+@contextmanager
+def collector_paused():
+    """Numba makes objects by the 100,000: do not search them for garbage again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 threads, tasks = [], SimpleQueue()  # threads are started when they are first needed
 
 
@@ -78,6 +91,8 @@ def share(function, count, work, *arguments):
     the function raises in any thread is raised here, after all have ended.
     """
     number = max(1, min(torch.get_num_threads(), work >> 17))
+    if number == 1:
+        return function(0, count, *arguments)
     while len(threads) < number - 1:
         thread = Thread(target=_do_tasks, daemon=True)
         thread.start()

@@ -1,5 +1,6 @@
 """The passes over memory: Numba's kernels beside plain PyTorch's, and what becomes of a process."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -265,6 +266,30 @@ def test_two_threads_step_two_optimizers_as_one_does(cpu):
         runs = list(pool.map(train, optimizers[:2], alike[:2], [grads, grads]))
     alone = train(optimizers[2], alike[2], grads)
     assert same_bits(runs[0], alone) and same_bits(runs[1], alone)
+
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_garbage_is_not_collected_while_a_kernel_is_loaded_and_then_as_before(cpu, enabled):
+    seen = []
+
+    class Kernel:
+        signatures = ()
+
+        def __call__(self, *_):
+            seen.append(gc.isenabled())
+            if not self.signatures:
+                raise KeyError
+
+    kernel, tensors = Kernel(), Problem(cpu, [5]).t
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError):
+            cpu._run(kernel, tensors)
+        kernel.signatures = ('compiled',)
+        cpu._run(kernel, tensors)
+    finally:
+        gc.enable()
+    assert seen == [False, enabled]
 
 
 def test_no_folder_for_compiled_code_is_no_reason_to_fail(cpu):

@@ -415,10 +415,12 @@ def test_adamh_holds_every_norm_over_a_thousand_steps(impl):
 
 def test_a_step_of_adamh_is_lr_times_step_scale_of_the_norm_whatever_the_gradient():
     start = weights((33, 65))
-    grads = [(torch.randn_like(start) * 10.0 ** (t % 7 - 3),) for t in range(50)]
+    generator = torch.Generator().manual_seed(1)
+    normal = [torch.randn(start.shape, generator=generator) for _ in range(50)]
+    grads = [(g * 10.0 ** (t % 7 - 3),) for t, g in enumerate(normal)]
     _, steps = trained_adamh(start, grads, step_scale=2.0)
-    # the way to the sphere and back to it: of second order in the step of 0.02
-    torch.testing.assert_close(steps, torch.full_like(steps, 0.02), rtol=0.02, atol=0)
+    # the way back to the sphere takes away the part of u along theta, at most a quarter of u here
+    assert (steps <= 0.02 * 1.001).all() and (steps >= 0.02 * 0.96).all()
 
 
 @pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
