@@ -265,33 +265,31 @@ def bench_throughput():
     print(
         f'GPT-2 {size}, block {block_size}, {rt.dtype}, {machine(rt)}, torch {torch.__version__}; '
         f'medians of {repeats} iterations\n\n{"":52}{"batch":>6}{"tokens/s":>10}{"hours":>9}'
-        f'{"mfu":>7}{"GB":>7}{"forward":>9}{"backward":>10}{"step":>7}'
+        f'{"mfu":>7}{"forward":>9}{"backward":>10}{"step":>7}'
     )
     for batch in map(int, batches.split(',')):
         gpt = model.GPT(config).to(rt.device)
         run = torch.compile(gpt) if rt.device_type == 'cuda' else gpt
         tokens = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device)
         params = list(gpt.parameters())
-        for name in (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'", 'AdamH'):
-            optimizer, _, clips = contenders(params, impl)[name]
-            if rt.device_type == 'cuda':
-                torch.cuda.reset_peak_memory_stats()
-            clip = None if clips else params
-            times = [iteration(run, tokens, optimizer, clip, rt) for _ in range(repeats + 3)][3:]
-            forward, backward, step = map(statistics.median, zip(*times, strict=True))
-            ms = statistics.median(map(sum, times))
-            mfu = peak = '-'
+        names = (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'", 'AdamH')
+        every, times = contenders(params, impl), {name: [] for name in names}
+        for _ in range(repeats + 3):
+            for name in names:
+                optimizer, _, clips = every[name]
+                times[name].append(iteration(run, tokens, optimizer, None if clips else params, rt))
+        for name in names:
+            forward, backward, step = map(statistics.median, zip(*times[name][3:], strict=True))
+            ms = statistics.median(map(sum, times[name][3:]))
+            mfu = '-'
             if rt.peak_flops:
                 mfu = f'{gpt.estimate_mfu(batch, ms / 1e3, rt.peak_flops):.1%}'
-            if rt.device_type == 'cuda':
-                peak = f'{torch.cuda.max_memory_allocated() / 1e9:.1f}'
             speed = batch * block_size / ms * 1e3  # tokens a second
             print(
                 f'{name:52}{batch:6}{speed:10,.0f}{100e3 * 491520 / speed / 3600:9,.0f}{mfu:>7}'
-                f'{peak:>7}{forward / ms:9.1%}{backward / ms:10.1%}{step / ms:7.1%}',
+                f'{forward / ms:9.1%}{backward / ms:10.1%}{step / ms:7.1%}',
                 flush=True,
             )
-            del optimizer  # and with it its moments
 
 
 def iteration(run, tokens, optimizer, clip, rt):

@@ -45,13 +45,14 @@ step() { # step NAME COMMAND...: write the output to $OUT/NAME.txt and to the te
 
 step machine nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
 step versions "$PYTHON" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'
-step tests "$PYTHON" -m pytest -q -s tests/test_kernels_gpu.py
+step tests "$PYTHON" -m pytest -q tests/test_kernels_gpu.py tests/test_optim*.py
 # torch's caching allocator leaves no gaps, which would hide an access beyond a tensor
 step sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
     "$PYTHON" -m pytest -q tests/test_kernels_gpu.py -k 'updates_and_sums or beside_a_tensor or beyond_2_to or sums_kept'
-step optimizer "$PYTHON" bench.py --what=optimizer --sizes=124M,350M,774M,1.5B
-step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --grad_norm=0.5
-step train "$PYTHON" bench.py --what=train
+step optimizer "$PYTHON" bench.py --what=optimizer --sizes=char,124M,350M,774M,1.5B --impl=triton
+step optimizer-not-clipped "$PYTHON" bench.py --what=optimizer --sizes=124M --impl=triton --grad_norm=0.5
+step optimizer-torch "$PYTHON" bench.py --what=optimizer --sizes=124M --impl=torch --repeats=5
+step train "$PYTHON" bench.py --what=train --batches=32
 # 50 checks of the growth, a ramp of a quarter
 ramp="--wn_ramp_iters=$((ITERS / 4))"
 [[ $ITERS -lt 10000 ]] && ramp+=" --wn_rate=0.1" # 0.01 takes 100 iterations to follow
