@@ -350,8 +350,8 @@ class AdamCPR(NormAdam):
 
         # lambda_j <- max(0, lambda_j + mu / n_j * (R_j - kappa_j))   (Algorithm 1, line 6)
         excess = (R - kappa) if std else (R - kappa) / b.numel
-        excess = torch.where(bounded, excess, b.zero)
-        lagmul.add_(excess, alpha=group['kappa_update']).clamp_(min=0)
+        change = torch.where(bounded, group['kappa_update'] * excess, b.zero)  # kappa may be nan
+        lagmul.add_(change).clamp_(min=0)
 
         # theta_j <- theta_j - lambda_j * grad R_j(theta_j)           (line 7)
         decay = lagmul * b.lr if group['reg_by_lr'] else lagmul  # 0 where there is no bound

@@ -173,8 +173,8 @@ class Bucket:
         step += moves
         if self.regularizes:
             self.active = self.regularized & moves
-            if torch.is_tensor(lr) or lr == 0:  # lr = 0 decides nothing
-                self.active &= self.lr.bool()
+            if torch.is_tensor(lr) or lr < torch.finfo(torch.float32).tiny:
+                self.active &= self.lr.bool()  # a step at lr = 0 changes no decision
         bias1, bias2 = torch.expm1(step * self.log_betas).neg_().unbind()  # 1 - beta^t
         torch.div(self.lr, bias1, out=self.step_size)
         torch.rsqrt(bias2, out=self.rsqrt_bias2)

@@ -48,15 +48,18 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
+pauses = []  # for each that lasts, in any thread, whether the collector was enabled before
+
+
 @contextmanager
 def collector_paused():
-    """Numba makes objects by the 100,000: do not search them for garbage again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
+    """Do not search for garbage while a kernel is loaded: the 70,000 objects that come all stay."""
+    pauses.append(gc.isenabled())
     try:
+        gc.disable()
         yield
     finally:
-        if enabled:
+        if pauses.pop():
             gc.enable()
 
 
@@ -86,13 +89,14 @@ def share(function, count, work, *arguments):
     """Split range(count) into spans and call function(begin, end, *arguments), on several threads.
 
     There are as many spans as PyTorch has threads, but at most one for each 2 ** 17 of `work`,
-    which is counted in elements of Adam's pass: waking a thread for less takes longer than doing
-    the work. This thread does spans until none is left, so that it waits for no other to wake. What
-    the function raises in any thread is raised here, after all have ended.
+    which is counted in elements of Adam's pass, and at least one: waking a thread for less takes
+    longer than doing the work. This thread does spans until none is left, so that it waits for no
+    other to wake. What the function raises in any thread is raised here, after all have ended.
     """
-    number = max(1, min(torch.get_num_threads(), work >> 17))
-    if number == 1:
-        return function(0, count, *arguments)
+    number = min(torch.get_num_threads(), work >> 17)
+    if number < 2:
+        function(0, count, *arguments)
+        return
     while len(threads) < number - 1:
         thread = Thread(target=_do_tasks, daemon=True)
         thread.start()
@@ -118,9 +122,11 @@ def share(function, count, work, *arguments):
 
 
 def _start_anew():
-    """Forget the threads in a forked child, which has none of its parent's."""
+    """Forget the parent's threads in a forked child, which has none, and what they have paused."""
     global threads, tasks
     threads, tasks = [], SimpleQueue()
+    if any(pauses):
+        gc.enable()
 
 
 os.register_at_fork(after_in_child=_start_anew)

@@ -50,7 +50,7 @@ every_dtype = pytest.mark.parametrize('dtype', DTYPES, ids=lambda d: str(d).rpar
 
 
 def both(sizes, *args, **kwargs):
-    """The same problem for the kernels and for plain PyTorch."""
+    """The same problem for the kernels, on a GPU if there is one, and for PyTorch on the CPU."""
     ours, theirs = (Problem(k, sizes, *args, **kwargs) for k in (gpu, plain))
     return ours, theirs
 
@@ -92,7 +92,7 @@ def test_triton_updates_and_sums_what_plain_torch_does(sizes, reg, dtype, offset
     assert difference(ours.tensors[len(sizes) :], theirs.tensors[len(sizes) :]) < 6e-6
     if dtype != torch.float32:
         pairs = list(zip(ours.t.params, theirs.t.params, strict=True))
-        unequal = sum((p.cpu() != q).sum() for p, q in pairs)  # plain PyTorch's are on the CPU
+        unequal = sum((p.cpu() != q).sum() for p, q in pairs)  # theirs are on the CPU
         assert unequal <= 0.01 * sum(p.numel() for p, _ in pairs)
     n = len(sizes)
     for j, size in enumerate(sizes):

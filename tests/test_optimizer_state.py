@@ -289,11 +289,21 @@ def test_a_step_at_lr_0_changes_no_weight_and_no_decision(name, impl):
     optimizer.param_groups[0]['lr'] = 0.1
     train(optimizer, params, gradient_steps(params, 2 if impl == 'triton' else 8))
     assert not same_bits(start, params)
-    for lr in (0.0, torch.tensor(0.0)):
+    for lr in (0.0, 1e-46, torch.tensor(0.0)):  # 1e-46 is 0 in float32
         optimizer.param_groups[0]['lr'] = lr
         before = snapshot(optimizer, params)
         train(optimizer, params, [*zeros, *gradient_steps(params, 1, seed=1)])
         assert_unchanged_since(before, optimizer, params, DECISIONS)
+
+
+def test_an_infinite_kappa_update_leaves_alone_what_has_no_bound_or_takes_no_step():
+    params = parameters([(5, 4)])
+    options = dict(kappa_init_method='warm_start', kappa_init_param=2, kappa_update=float('inf'))
+    optimizer = AdamCPR(params, **options)
+    grads = gradient_steps(params, 3)
+    train(optimizer, params, [[g * float('inf') for g in grads[0]], *grads])
+    assert optimizer.state[params[0]]['lagmul'] == 0 and params[0].isfinite().all()
+    assert optimizer.skipped_steps == 1
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -419,8 +419,8 @@ def test_a_step_of_adamh_is_lr_times_step_scale_of_the_norm_whatever_the_gradien
     normal = [torch.randn(start.shape, generator=generator) for _ in range(50)]
     grads = [(g * 10.0 ** (t % 7 - 3),) for t, g in enumerate(normal)]
     _, steps = trained_adamh(start, grads, step_scale=2.0)
-    # the way back to the sphere takes away the part of u along theta, at most a quarter of u here
-    assert (steps <= 0.02 * 1.001).all() and (steps >= 0.02 * 0.96).all()
+    # returning to the sphere removes u's component along theta, which is below a fifth of u here
+    assert (steps <= 0.02 * 1.001).all() and (steps >= 0.02 * 0.98).all()
 
 
 @pytest.mark.parametrize('impl', [TORCH, NUMBA, TRITON])
