@@ -281,15 +281,15 @@ def throughput_table(config, batch, rt):
     tokens = torch.randint(config.vocab_size, (2, batch, block_size), device=rt.device)
     params = list(gpt.parameters())
     names = (PAIR, 'AdamW', "AdamCPR, order='before'", "AdamWN, order='after'", 'AdamH')
-    every, times = contenders(params, impl), {name: [] for name in names}
+    optimizers, times = contenders(params, impl), {name: [] for name in names}
     for i in range(repeats + 3):  # the first three rounds warm up
         for name in names:
-            optimizer, _, clips = every[name]
+            optimizer, _, clips = optimizers[name]
             clip = None if clips else params
             iteration(run, tokens, optimizer, clip, rt)  # others have written the weights
-            parts = iteration(run, tokens, optimizer, clip, rt)
+            durations = iteration(run, tokens, optimizer, clip, rt)
             if i >= 3:
-                times[name].append(parts)
+                times[name].append(durations)
     for name in names:
         forward, backward, step = map(statistics.median, zip(*times[name], strict=True))
         ms = statistics.median(map(sum, times[name]))

@@ -7,7 +7,7 @@ With R = sum(theta^2), all four are one update of tensor j, unless order='after'
 A rule is a class here. Its method `decide` computes d_j. s_j is lr / (1 - beta1^t); AdamH's
 `decide` computes its own. A pass is a function of kernels/ that goes over memory: in Triton
 (gpu.py), Numba (cpu.py) and PyTorch operations (plain.py). With order='before' a rule decides from
-sums over theta that the previous step's pass left, and one pass does it all. With order='after' it
+sums over theta that the previous step's pass left, and one pass updates all. With order='after' it
 decides from the Adam-updated theta, and a second pass corrects that. AdamH decides between the two
 halves of Adam's pass. On an accelerator only a step that makes new buckets waits for the device.
 """
@@ -42,10 +42,10 @@ class NormAdam(Optimizer):
             'torch', or 'auto': the first of them that fits and is installed.
         amsgrad, foreach, weight_decay and the like: accepted if False, 0 or None.
     `grad_norm` (0-d float32) is the total norm before clipping. If it is not finite, the step
-    changes no weight, moment or decision, and counts in `skipped_steps` (0-d int64). DTensors are
-    updated shard by shard. Write weights under torch.no_grad(): the next decision misses a write
-    through p.data. A replayed CUDA graph misses every write. Replace entries of `state` by
-    load_state_dict.
+    changes no weight, moment or decision, and counts in `skipped_steps` (0-d int64); with None
+    only what GradScaler finds does so. DTensors are updated shard by shard. Write weights under
+    torch.no_grad(): the next decision misses a write through p.data, and a replayed CUDA graph
+    misses every write. Replace entries of `state` by load_state_dict.
     """
 
     needs_R = True  # whether `decide` asks for R
@@ -66,7 +66,7 @@ class NormAdam(Optimizer):
         self.grad_norm, self.skipped_steps = None, torch.zeros((), dtype=torch.int64)
         self._names, self._buckets, self._captured = {}, None, []
         params = self._groups_of(params) if isinstance(params, nn.Module) else params
-        super().__init__(params, {'weight_decay': 0.0, **defaults})  # torch.optim.AdamW needs it
+        super().__init__(params, {'weight_decay': 0.0, **defaults})  # for torch's AdamW to load
 
     def _groups_of(self, module):
         """Two groups as nanoGPT's: tensors of two or more dimensions, then the rest."""
@@ -212,7 +212,7 @@ class NormAdam(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self):
-        return bool(self.max_grad_norm)  # else GradScaler unscales, and others may clip after it
+        return bool(self.max_grad_norm)  # else GradScaler unscales, for the caller to clip
 
     def __getstate__(self):
         # a scheduler of torch's sets `step`, bound to this very optimizer
@@ -316,7 +316,7 @@ class AdamCPR(NormAdam):
         check(fits, f'kappa_init_param={param} must be a whole number of steps')
         fits = every >= 1 and every % 1 == 0
         check(fits, f'reg_step_size={every} must be a whole number of steps, at least 1')
-        check(mu >= 0, f'kappa_update={mu} must be >= 0')
+        check(0 <= mu < math.inf, f'kappa_update={mu} must be >= 0 and finite')
         check(0 <= decay < 1, f'reg_ema_decay={decay} must be in [0, 1)')
 
     def init_state(self, b):
@@ -339,7 +339,7 @@ class AdamCPR(NormAdam):
         # kappa_j <- R_j when it is due (section 4.2): a bound from the next step on
         due = None
         if method == 'warm_start':
-            # the step that R stems from is in order 'before' the last one
+            # in order 'before', R is that of the previous step
             due = b.state['step'] >= group['kappa_init_param'] + (self.order == 'before')
         elif method == 'inflection_point':
             due = self.slows_down(b)
@@ -391,7 +391,8 @@ class AdamWN(NormAdam):
     Args:
         params: as AdamW's. Tensors of two or more dimensions are controlled.
         rate: k in [0, 1], the share of the way to the target that a step goes.
-        ratio: r. `set_ratios` gives tensors ratios of their own. norm: the target itself instead.
+        ratio: r. `set_ratios` gives tensors ratios of their own.
+        norm: the target norm, in place of one relative to the start.
         scope: 'tensor' steers every tensor by its own norm, 'global' all by their joint norm.
         order: 'after' (Algorithm 1, line 13.c) or 'before' the Adam update.
     A schedule sets group['ramp'] as it sets group['lr']: 0 steers to the norm at the start, 1 to
@@ -447,7 +448,7 @@ class AdamWN(NormAdam):
         group, norm, init_norm, ratio = b.group, b.R.sqrt(), b.state['init_norm'], b.state['ratio']
         ratio = torch.where(ratio.isnan(), group['ratio'], ratio)
         if self.scope == 'global':
-            norm, init_norm, ratio = *self._joint_norms(b.device), group['ratio']
+            ratio, (norm, init_norm) = group['ratio'], self._joint_norms(b.device)
         target = ratio * init_norm if group['norm'] is None else group['norm']
         target = init_norm + group['ramp'] * (target - init_norm)
         return group['rate'] * (1 - torch.where(norm > 0, target / norm, 0.0)), None

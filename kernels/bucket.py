@@ -45,10 +45,11 @@ class Bucket:
         numel, dtype = [max(p.numel(), 1) for p in self.params], sum_dtype(self.device)
         self.numel = torch.tensor(numel, dtype=dtype, device=self.device)
         self.hyper = torch.zeros(6, dtype=torch.float32, device=self.device)
-        self.grad_coef, self.lr = self.hyper[0], torch.zeros_like(self.hyper[0])
+        self.grad_coef = self.hyper[0]  # a view
+        self.lr, self.zero = torch.zeros_like(self.grad_coef), torch.zeros_like(self.grad_coef)
         self.log_betas, self._filled_for = self.hyper.new_zeros(2, 1), None
         self.has_grad, self._has_grad = None, None
-        self.regularizes, self.zero = any(self.regularize), torch.zeros_like(self.lr)
+        self.regularizes = any(self.regularize)
         self.measures_R = optimizer.needs_R and self.regularizes
         self.passes = PASSES[optimizer.order] if self.regularizes else ('adam_', None)
         self.moment_sums = None
@@ -130,15 +131,15 @@ class Bucket:
         if grads and self.optimizer.max_grad_norm is not None:
             sums['grad_squares'] = self.kernels.grad_squares(self.tensors)
         if R and self.measures_R:
-            found, self.moment_sums = self.moment_sums, None  # moments_ finds sum(theta^2) as well
+            found, self.moment_sums = self.moment_sums, None  # moments_ has summed theta^2 already
             sums['reg_sums'] = self.kernels.reg_sums(self.tensors) if found is None else found
         if self.shard_groups and sums:
             dtensor.all_reduce_(sums, self.shard_groups)
         self.found_inf, self.grad_squares = sums.get('found_inf'), sums.get('grad_squares')
         if R and self.measures_R:
-            self.R, second, *others = sums['reg_sums'].unbind()
-            if others:
-                self.theta_u, self.u_squares = second, others[0]
+            self.R, second, *third = sums['reg_sums'].unbind()
+            if third:  # from moments_
+                self.theta_u, self.u_squares = second, third[0]
             if self.tensors.reg_function == 'std':
                 self.mean = second / self.numel
                 squares = self.R - self.numel * self.mean.square()
@@ -174,7 +175,7 @@ class Bucket:
         if self.regularizes:
             self.active = self.regularized & moves
             if torch.is_tensor(lr) or lr < torch.finfo(torch.float32).tiny:
-                self.active &= self.lr.bool()  # a step at lr = 0 changes no decision
+                self.active &= self.lr.bool()  # a step at lr = 0, or 1e-46, changes no decision
         bias1, bias2 = torch.expm1(step * self.log_betas).neg_().unbind()  # 1 - beta^t
         torch.div(self.lr, bias1, out=self.step_size)
         torch.rsqrt(bias2, out=self.rsqrt_bias2)

@@ -1,4 +1,4 @@
-"""The passes over memory as Numba kernels for float32 on the CPU: each reads memory once.
+"""The passes over memory as Numba kernels for float32 on the CPU: each reads its tensors once.
 
 Twins of those in kernels/plain.py. A kernel goes through chunks of a tensors.Table; Python's
 threads share them, since Numba releases the GIL. The sums of a tensor's chunks are added in their
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from .numba_tools import array, arrays, collector_paused, element, in_vectors, options, share
+from .numba_tools import array, arrays, element, in_vectors, loading, options, share
 from .tensors import Table as Tensors  # noqa: F401  (what these passes work on)
 
 REG = {'l2': 0, 'std': 0, 'l1': 1, 'huber': 2}  # l2 and std have the same arithmetic
@@ -165,5 +165,5 @@ def _run(function, t, *arguments):
     table = t.chunks.numpy(), t.addresses.numpy()
     work = t.numel // 8 if function is _sums else t.numel  # a sum takes an eighth of Adam's time
     loaded = bool(function.overloads)  # the first call compiles the function or loads it
-    with nullcontext() if loaded else collector_paused():
+    with nullcontext() if loaded else loading():
         share(function, len(t.chunks), work, table, *arguments)

@@ -48,19 +48,25 @@ def arrays(table, k):
     return array(table, k, 0), array(table, k, 1), array(table, k, 2), array(table, k, 3)
 
 
-pauses = []  # for each that lasts, in any thread, whether the collector was enabled before
+one_at_a_time = RLock()  # a fork waits for it, or the child would find Numba's own lock held
+os.register_at_fork(
+    before=one_at_a_time.acquire,
+    after_in_parent=one_at_a_time.release,
+    after_in_child=one_at_a_time.release,
+)
 
 
 @contextmanager
-def collector_paused():
-    """Do not search for garbage while a kernel is loaded: the 70,000 objects that come all stay."""
-    pauses.append(gc.isenabled())
-    try:
-        gc.disable()
-        yield
-    finally:
-        if pauses.pop():
-            gc.enable()
+def loading():
+    """Load or compile a kernel without searching for garbage: its 70,000 objects all stay."""
+    with one_at_a_time:
+        enabled = gc.isenabled()
+        try:
+            gc.disable()
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 threads, tasks = [], SimpleQueue()  # threads are started when they are first needed
@@ -122,11 +128,9 @@ def share(function, count, work, *arguments):
 
 
 def _start_anew():
-    """Forget the parent's threads in a forked child, which has none, and what they have paused."""
+    """Forget the threads in a forked child, which has none of its parent's."""
     global threads, tasks
     threads, tasks = [], SimpleQueue()
-    if any(pauses):
-        gc.enable()
 
 
 os.register_at_fork(after_in_child=_start_anew)

@@ -19,10 +19,10 @@ def grad_squares(t):
 
 
 def reg_sums(t):
-    """sum(reg_term) and sum(theta) of each tensor: (2, n) float64. 4 bytes a parameter.
+    """sum(reg_term) and sum(theta) of each tensor: (2, n) float64.
 
-    gpu.py and cpu.py return the sums that the last `adam_` left, at no cost, unless somebody has
-    written the weights since.
+    gpu.py and cpu.py return the sums that the last `adam_` left, unless somebody has written the
+    weights since: then they read 4 bytes a parameter.
     """
     terms = torch.stack([total(reg_term(p.float(), t.reg_function)) for p in t.params])
     return torch.stack([terms, torch.stack([total(p) for p in t.params])])

@@ -73,7 +73,7 @@ class Table(Tensors):
         if is_capturing(self.device):
             self._recorded = True
             self.captured.append(self.addresses)
-        elif self._recorded:  # no pass that a graph records has been done yet: `sums` may be old
+        elif self._recorded:  # a capture records passes without running them: `sums` may be old
             self._recorded, self._versions = False, [None] * len(self.params)
 
     def _upload(self, capturing):

@@ -37,6 +37,7 @@ OF_ADAMCPR = [
     {'reg_function': 'l3'},
     {'order': 'during'},
     {'kappa_update': -1.0},
+    {'kappa_update': math.inf},
     {'reg_step_size': 0},
     {'reg_step_size': 2.5},
     {'reg_step_size': math.inf},

@@ -296,16 +296,6 @@ def test_a_step_at_lr_0_changes_no_weight_and_no_decision(name, impl):
         assert_unchanged_since(before, optimizer, params, DECISIONS)
 
 
-def test_an_infinite_kappa_update_leaves_alone_what_has_no_bound_or_takes_no_step():
-    params = parameters([(5, 4)])
-    options = dict(kappa_init_method='warm_start', kappa_init_param=2, kappa_update=float('inf'))
-    optimizer = AdamCPR(params, **options)
-    grads = gradient_steps(params, 3)
-    train(optimizer, params, [[g * float('inf') for g in grads[0]], *grads])
-    assert optimizer.state[params[0]]['lagmul'] == 0 and params[0].isfinite().all()
-    assert optimizer.skipped_steps == 1
-
-
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_distributed_checkpoints_make_states_without_moving_weights(variant):
     from torch.distributed.checkpoint.state_dict import (
