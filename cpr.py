@@ -41,9 +41,9 @@ class NormAdam(Optimizer):
         impl: 'triton' (GPU; on a CPU only with TRITON_INTERPRET=1), 'numba' (float32 on a CPU),
             'torch', or 'auto': the first of them that fits and is installed.
         amsgrad, foreach, weight_decay and the like: accepted if False, 0 or None.
-    `grad_norm` (0-d float32) is the total norm before clipping. If it is not finite, the step
-    changes no weight, moment or decision, and counts in `skipped_steps` (0-d int64); with None
-    only what GradScaler finds does so. DTensors are updated shard by shard. Write weights under
+    `grad_norm` (0-d float32) is the total norm before clipping. If it is not finite, or GradScaler
+    has found an overflow, the step changes no weight, moment or decision, and counts in
+    `skipped_steps` (0-d int64). DTensors are updated shard by shard. Write weights under
     torch.no_grad(): the next decision misses a write through p.data, and a replayed CUDA graph
     misses every write. Replace entries of `state` by load_state_dict.
     """
