@@ -25,9 +25,10 @@ class Bucket:
     optimizer.state[p] shows views of them beside exp_avg and exp_avg_sq. R, mean, theta_u,
     u_squares: of whole tensors, as `measure` found them. numel: of whole tensors, at least 1.
     regularized, has_grad, active: bool; active: what this step corrects. lr, proceed, grad_squares,
-    found_inf: 0-d. coefficients, hyper: see plain.adam_; decay (d), shift, step_size (s) and
-    rsqrt_bias2 are the columns of coefficients. group stands for all `groups`. Their `regularize`
-    and `reg_function` are read when the bucket is made.
+    found_inf: 0-d. Where `proceed` is False, the step is skipped: nothing is active, `step` does
+    not count it, and no pass writes. coefficients, hyper: see plain.adam_; decay (d), shift,
+    step_size (s) and rsqrt_bias2 are the columns of coefficients. group stands for all `groups`.
+    Their `regularize` and `reg_function` are read when the bucket is made.
     """
 
     def __init__(self, optimizer, groups, members, kernels):
@@ -201,7 +202,7 @@ def make_buckets(optimizer):
 
 
 def same_options(optimizer, group, other):
-    """Return whether two groups agree in all options. A tensor is equal to itself alone."""
+    """Return whether two groups agree in all `defaults`. A tensor is equal to itself alone."""
     pairs = [(group.get(name), other.get(name)) for name in optimizer.defaults]
     return all(x is y or not any(map(torch.is_tensor, (x, y))) and x == y for x, y in pairs)
 
