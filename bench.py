@@ -286,7 +286,8 @@ def throughput_table(config, batch, rt):
         for name in names:
             optimizer, _, clips = optimizers[name]
             clip = None if clips else params
-            iteration(run, tokens, optimizer, clip, rt)  # others have written the weights
+            # others have written the weights: the first of two iterations sums their norms anew
+            iteration(run, tokens, optimizer, clip, rt)
             durations = iteration(run, tokens, optimizer, clip, rt)
             if i >= 3:
                 times[name].append(durations)

@@ -49,11 +49,6 @@ def arrays(table, k):
 
 
 one_at_a_time = RLock()  # a fork waits for it, or the child would find Numba's own lock held
-os.register_at_fork(
-    before=one_at_a_time.acquire,
-    after_in_parent=one_at_a_time.release,
-    after_in_child=one_at_a_time.release,
-)
 
 
 @contextmanager
@@ -131,6 +126,11 @@ def _start_anew():
     """Forget the threads in a forked child, which has none of its parent's."""
     global threads, tasks
     threads, tasks = [], SimpleQueue()
+    one_at_a_time.release()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(
+    before=one_at_a_time.acquire,
+    after_in_parent=one_at_a_time.release,
+    after_in_child=_start_anew,
+)

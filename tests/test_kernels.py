@@ -217,7 +217,6 @@ def test_a_child_that_is_forked_while_another_thread_compiles_a_kernel_takes_ste
 import gc
 from threading import Event, Thread
 from cpr import AdamW
-from nanonorm.kernels import numba_tools
 from numba.core.event import Listener, install_listener
 
 class Compiling(Listener):
